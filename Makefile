@@ -1,0 +1,45 @@
+# demo test test-all bench lint: each makes its own virtual environment first. ARGS passes arguments on.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(wildcard pyx/*)
+
+.PHONY: demo test test-all bench lint clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m mha demo $(ARGS)
+
+test: $(VENV)/.tests
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.tests
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.tests
+	$(BIN)/python -m bench $(ARGS)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/cython-lint pyx
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist $(VENV) mha/cpu/*.so
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+# The extension modules are rebuilt whenever a source of theirs is newer.
+$(VENV)/.installed: $(BIN)/python $(SOURCES)
+	$(BIN)/python -m pip install --quiet --editable ".[demo]"
+	touch $@
+
+$(VENV)/.tests: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.tests
+	$(BIN)/python -m pip install --quiet --editable ".[lint]"
+	touch $@

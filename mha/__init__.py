@@ -1,0 +1,49 @@
+"""Fused multi-head attention, forward and backward, for arrays without a deep-learning framework.
+
+    functional  module                      names, defaults, docstrings
+        |          |
+      layer  <-- packing, convert           parameters: one flat vector, foreign formats
+        |     \\
+      core     projection -- matrix         attention on heads; the products around it
+        |  \\
+        |   masks                           the only place that interprets a mask
+      problem                               the only validator of shapes and dtypes
+        |
+      dispatch                              type of the arrays -> backend
+        |
+      cpu | reference_backend               plan (pure) -> launch (memory) -> kernel
+"""
+
+from mha import convert, random
+from mha.core import AttentionGradients, scaled_dot_product_attention, scaled_dot_product_attention_backward
+from mha.cpu.threads import get_num_threads, set_num_threads
+from mha.functional import (
+    MultiHeadAttentionGradients,
+    MultiHeadAttentionResult,
+    multi_head_attention,
+    multi_head_attention_backward,
+)
+from mha.info import show_config
+from mha.module import MultiHeadAttention
+from mha.packing import PackedLayout
+from mha.random import seed
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionGradients",
+    "MultiHeadAttention",
+    "MultiHeadAttentionGradients",
+    "MultiHeadAttentionResult",
+    "PackedLayout",
+    "convert",
+    "get_num_threads",
+    "multi_head_attention",
+    "multi_head_attention_backward",
+    "random",
+    "scaled_dot_product_attention",
+    "scaled_dot_product_attention_backward",
+    "seed",
+    "set_num_threads",
+    "show_config",
+]

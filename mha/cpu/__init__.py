@@ -1,0 +1,179 @@
+"""The CPU backend: Cython kernels, OpenMP, NumPy arrays. Its functions are those of every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mha.cpu import launch, load
+from mha.cpu.plan import AttentionPlan, Facts, Sizes, plan_backward, plan_forward, plan_product, plan_rows
+from mha.cpu.threads import get_num_threads
+from mha.matrix import Matrix
+from mha.problem import COMPUTING, AttentionProblem, Dropout
+
+Array = NDArray[Any]
+
+NAME = "cpu"
+
+#: The modes of the kernel attention_weights.
+_WEIGHTS, _AVERAGE, _MASK_GRADIENT, _DELTA = range(4)
+
+
+def unsupported_reasons(problem: AttentionProblem) -> list[str]:
+    """Why this backend cannot run the problem; empty if it can."""
+    reasons = []
+    if problem.xp is not np:
+        reasons.append(f"its arrays are {problem.xp.__name__}'s, not NumPy's")
+    if problem.dropout is not None and problem.dropout.state is None:
+        reasons.append("it draws dropout from a state and takes no explicit mask")
+    return reasons
+
+
+def attention_forward(problem: AttentionProblem, heads_last: bool = False) -> tuple[Array, Array]:
+    """Output (*batch, H, L, Dv) and log-sum-exp (*batch, H, L).
+
+    With `heads_last` the output is a view of (*batch, L, H, Dv) memory, so that its heads lie side by side.
+    """
+    p = problem
+    shape = (*p.batch_shape, p.heads, p.queries, p.v_head_dim)
+    if heads_last:
+        output = np.empty((*p.batch_shape, p.queries, p.heads, p.v_head_dim), p.dtype).swapaxes(-2, -3)
+    else:
+        output = np.empty(shape, p.dtype)
+    lse = np.empty(shape[:-1], p.computing)
+    if not lse.size:
+        return output, lse
+    plan = plan_forward(sizes_of(p), _facts(p.computing))
+    block = launch.attention(p)
+    launch.follow(block, plan)
+    block.view("output", output, p.batch_shape)
+    block.pointer("lse", lse)
+    if plan.kernel == "attention_decode":
+        block.room("partials", _partials_size(block))
+    _run(block, plan)
+    return output, lse
+
+
+def attention_weights(problem: AttentionProblem, lse: Array, average: bool) -> Array:
+    """Weights after dropout: (*batch, H, L, T), or averaged over the heads (*batch, L, T)."""
+    p = problem
+    heads = 1 if average else p.heads
+    weights = np.zeros((*p.batch_shape, heads, p.queries, p.keys), p.dtype)
+    if not weights.size or not p.heads:
+        return weights[..., 0, :, :] if average else weights
+    block = launch.attention(p)
+    block.pointer("lse", lse)
+    block.view("target", weights, p.batch_shape)
+    block.set(mode=_AVERAGE if average else _WEIGHTS, target_batch=p.batch, target_heads=heads)
+    block.set(target_rows=p.queries, target_keys=p.keys)
+    _run_rows(block, p)
+    return weights[..., 0, :, :] if average else weights
+
+
+def attention_backward(
+    problem: AttentionProblem,
+    grad_output: Array,
+    output: Array,
+    lse: Array,
+    grad_weights: Array | None = None,
+    grad_weights_scale: float = 1.0,
+    mask_shapes: Sequence[tuple[int, int, int, int]] = (),
+) -> tuple[Array, Array, Array, list[Array]]:
+    """Gradients of query, key and value, with the broadcast batch axes, and of additive masks.
+
+    Parameters
+    ----------
+    grad_output, output : (*batch, H, L, Dv)
+    lse : (*batch, H, L)
+    grad_weights : (*batch, H or 1, L, T), optional
+        Gradient of the returned weights; `grad_weights_scale` is 1 / H for averaged ones.
+    mask_shapes : sequence of (N or 1, H or 1, L or 1, S)
+        For each, the gradient of the scores summed over the axes of size 1.
+    """
+    p = problem
+    if not p.batch * p.heads:
+        zeros = [np.zeros((*p.batch_shape, *x.shape[-3:]), p.dtype) for x in (p.query, p.key, p.value)]
+        return zeros[0], zeros[1], zeros[2], [np.zeros(shape, p.computing) for shape in mask_shapes]
+    block = launch.attention(p)
+    delta = np.empty((*p.batch_shape, p.heads, p.queries), p.computing)
+    block.pointer("lse", np.ascontiguousarray(lse, p.computing))
+    block.pointer("delta", delta)
+    block.view("output", output, p.batch_shape)
+    block.view("grad_output", grad_output, p.batch_shape)
+    _run(block, plan_rows("attention_delta", sizes_of(p), _facts(p.computing)))
+    if grad_weights is not None:
+        everywhere = np.broadcast_to(grad_weights, (*p.batch_shape, p.heads, p.queries, p.keys))
+        block.view("grad_weights", everywhere, p.batch_shape)
+        block.set(grad_weights_scale=grad_weights_scale, mode=_DELTA)
+        _run_rows(block, p)
+    gradients = []
+    for name, x in (("query", p.query), ("key", p.key), ("value", p.value)):
+        gradient = np.empty((*p.batch_shape, *x.shape[-3:]), p.dtype)
+        block.view(f"grad_{name}", gradient, p.batch_shape)
+        gradients.append(gradient)
+    for plan in plan_backward(sizes_of(p), _facts(p.computing)):
+        launch.follow(block, plan)
+        _run(block, plan)
+    grad_query, grad_key, grad_value = gradients
+    return grad_query, grad_key, grad_value, [_mask_gradient(block, p, shape) for shape in mask_shapes]
+
+
+def _mask_gradient(block: launch.Launch, problem: AttentionProblem, shape: tuple[int, int, int, int]) -> Array:
+    gradient = np.empty(shape, problem.computing)
+    batch, heads, rows, keys = shape
+    block.view("target", gradient, (batch,))
+    block.set(mode=_MASK_GRADIENT, target_batch=batch, target_heads=heads, target_rows=rows, target_keys=keys)
+    _run_rows(block, problem)
+    return gradient
+
+
+def product(left: Matrix, right: Matrix, out: Matrix, bias: Array | None = None) -> None:
+    """out = left @ right + bias, summed in the computing dtype of the operands' own."""
+    computing = COMPUTING[out.array.dtype]
+    (m, k), n = left.shape, right.shape[1]
+    if m == 0 or n == 0:
+        return
+    facts = _facts(computing)
+    x = right.array
+    in_place = (
+        x.dtype == computing and len(right.row_axes) == 1 and len(right.column_axes) == 1 and n % facts.lanes == 0
+        and x.strides[right.column_axes[0]] == x.itemsize
+    )  # fmt: skip
+    launch.product(left, right, out, bias, plan_product(m, n, k, in_place, facts), computing)
+
+
+def output_dropout(x: Array, dropout: Dropout | None, residual: Array | None = None) -> Array:
+    """Dropout of a layer's output (N, L, E), plus the residual."""
+    out = np.empty(x.shape, x.dtype)
+    if out.size:
+        launch.output_dropout(x, residual, out, dropout, get_num_threads() if x.size > 100_000 else 1)
+    return out
+
+
+def sizes_of(problem: AttentionProblem) -> Sizes:
+    """What plans are made from."""
+    p = problem
+    return Sizes(p.batch, p.heads, p.kv_heads, p.queries, p.keys, p.head_dim, p.v_head_dim)
+
+
+def _facts(computing: np.dtype[Any]) -> Facts:
+    vector_bytes = load.kernels(load.chosen_level()).VECTOR_BYTES
+    return Facts(vector_bytes // computing.itemsize, computing.itemsize, get_num_threads())
+
+
+def _partials_size(block: launch.Launch) -> int:
+    kernels = load.kernels(load.chosen_level())
+    return int(kernels.attention_decode_partials(launch.as_bytes(block.block), block.double))
+
+
+def _run(block: launch.Launch, plan: AttentionPlan) -> None:
+    block.run(plan.kernel, plan.threads)
+
+
+def _run_rows(block: launch.Launch, problem: AttentionProblem) -> None:
+    plan = plan_rows("attention_weights", sizes_of(problem), _facts(problem.computing))
+    launch.follow(block, plan)
+    _run(block, plan)

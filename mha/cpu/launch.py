@@ -1,0 +1,174 @@
+"""Problem and plan -> parameter block, memory, kernel call. The only place of the CPU backend that allocates."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mha.cpu import load
+from mha.cpu.plan import AttentionPlan, ProductPlan
+from mha.masks import MaskSpec
+from mha.matrix import Matrix
+from mha.params import ATTENTION_PARAMS, PRODUCT_PARAMS, STORAGE, as_bytes
+from mha.problem import AttentionProblem, Dropout, usable
+from mha.random import keep_scale, threshold
+
+Array = NDArray[Any]
+
+_LINE = 64
+
+
+class Launch:
+    """A parameter block under construction, with everything it points to kept alive."""
+
+    def __init__(self, dtype: np.dtype[Any], computing: np.dtype[Any]) -> None:
+        self.block = np.zeros(1, dtype)
+        self.double = computing == np.float64
+        self.computing = computing
+        self._alive: list[Array] = []
+
+    def set(self, **fields: Any) -> None:
+        """Plain numbers."""
+        for name, value in fields.items():
+            self.block[name] = value
+
+    def pointer(self, name: str, x: Array | None) -> None:
+        """The address of a contiguous array; None is NULL."""
+        if x is not None:
+            self._alive.append(x)
+            self.block[name] = x.ctypes.data
+
+    def view(self, name: str, x: Array, batch_shape: tuple[int, ...]) -> None:
+        """An array (..., heads, rows, columns) whose batch axes broadcast to `batch_shape`."""
+        offsets = self._offsets(x, batch_shape)
+        strides = _element_strides(x)
+        self._alive.append(x)
+        self.block[name] = (x.ctypes.data, offsets.ctypes.data, *strides[-3:], STORAGE[x.dtype.name])
+
+    def _offsets(self, x: Array, batch_shape: tuple[int, ...]) -> Array:
+        axes = np.broadcast_to(x, (*batch_shape, *x.shape[-3:]))
+        offsets = np.zeros((), np.int64)
+        for size, stride in zip(batch_shape, axes.strides, strict=False):
+            offsets = np.add.outer(offsets, np.arange(size, dtype=np.int64) * (stride // x.itemsize))
+        offsets = np.ascontiguousarray(offsets).reshape(-1)
+        self._alive.append(offsets)
+        return offsets
+
+    def run(self, kernel: str, threads: int) -> int:
+        """Allocate what the kernel asks for and call it; returns the size of its team of threads."""
+        module = load.kernels(load.chosen_level())
+        need = getattr(module, f"{kernel}_scratch")(as_bytes(self.block), self.double)
+        self.set(threads=threads, scratch_bytes=need, scratch=self._room(need * threads))
+        return int(getattr(module, kernel)(as_bytes(self.block), self.double))
+
+    def room(self, name: str, size: int) -> None:
+        """Memory for a field of the block, aligned to a cache line."""
+        self.block[name] = self._room(size)
+
+    def _room(self, size: int) -> int:
+        memory = np.empty(size + _LINE, np.uint8)
+        self._alive.append(memory)
+        return (int(memory.ctypes.data) + _LINE - 1) // _LINE * _LINE
+
+
+def attention(problem: AttentionProblem) -> Launch:
+    """The part of the block that every attention kernel reads: sizes, inputs, masks, dropout."""
+    p = problem
+    launch = Launch(ATTENTION_PARAMS, p.computing)
+    launch.set(batch=p.batch, heads=p.heads, kv_heads=p.kv_heads, queries=p.queries, keys=p.keys)
+    launch.set(head_dim=p.head_dim, v_head_dim=p.v_head_dim, extra=p.mask.extra, softcap=p.softcap or 0.0)
+    exact = p.scale > 0 and np.frexp(p.scale)[0] == 0.5
+    launch.set(operand_scale=p.scale if exact else 1.0, score_scale=1.0 if exact else p.scale)
+    for name, x in (("query", p.query), ("key", p.key), ("value", p.value)):
+        launch.view(name, x, p.batch_shape)
+    _masks(launch, p.mask, p)
+    _dropout(launch, p.dropout, p.heads)
+    return launch
+
+
+def follow(launch: Launch, plan: AttentionPlan) -> None:
+    """The plan's part of the block."""
+    launch.set(vectors=plan.vectors, panels=plan.panels, key_block=plan.key_block)
+    launch.set(splits=plan.splits, fused=plan.fused, main_thread=_in_main_thread())
+
+
+def _masks(launch: Launch, mask: MaskSpec, p: AttentionProblem) -> None:
+    launch.set(left=mask.left, right=mask.right, pair_hides=mask.pair_hides)
+    whole = np.int64
+    if not isinstance(mask.offset, int) or mask.offset:
+        launch.pointer("offset", np.ascontiguousarray(np.broadcast_to(mask.offset, (p.batch,)), whole))
+    if mask.row_ranges is not None:
+        ranges = np.ascontiguousarray(mask.row_ranges, whole)
+        launch.pointer("row_low", ranges[0])
+        launch.pointer("row_high", ranges[1])
+    for name in ("key_lengths", "query_lengths"):
+        lengths = getattr(mask, name)
+        launch.pointer(name, None if lengths is None else np.ascontiguousarray(lengths, whole))
+    if mask.key_keep is not None:
+        launch.pointer("key_keep", np.ascontiguousarray(mask.key_keep, np.bool_))
+    if mask.key_bias is not None:
+        launch.pointer("key_bias", np.ascontiguousarray(mask.key_bias, launch.computing))
+    for name in ("pair_keep", "pair_bias"):
+        pairs = getattr(mask, name)
+        if pairs is not None:
+            launch.view(name, usable(pairs, np), p.batch_shape)
+
+
+def _dropout(launch: Launch, dropout: Dropout | None, heads: int) -> None:
+    launch.set(keep_scale=1.0, grad_weights_scale=1.0, total_heads=heads)
+    if dropout is not None and dropout.state is not None:
+        seed = np.uint64(dropout.state.seed & 0xFFFFFFFFFFFFFFFF).astype(np.int64)
+        launch.set(dropout=1, threshold=threshold(dropout.p), keep_scale=keep_scale(dropout.p))
+        launch.set(seed=seed, dropout_offset=dropout.state.offset)
+
+
+def output_dropout(x: Array, residual: Array | None, out: Array, dropout: Dropout | None, threads: int) -> None:
+    """out = dropout(x) + residual, all (N, L, E)."""
+    computing = np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
+    launch = Launch(ATTENTION_PARAMS, computing)
+    launch.set(batch=x.shape[0], heads=1, kv_heads=1, queries=x.shape[1], head_dim=x.shape[2])
+    named = {"query": x, "output": out} | ({} if residual is None else {"key": residual})
+    for name, array in named.items():
+        launch.view(name, array[:, None], x.shape[:1])
+    _dropout(launch, dropout, 1)
+    launch.set(main_thread=_in_main_thread())
+    launch.run("output_dropout", threads)
+
+
+def product(
+    left: Matrix, right: Matrix, out: Matrix, bias: Array | None, plan: ProductPlan, computing: np.dtype[Any]
+) -> None:
+    """out = left @ right + bias"""
+    launch = Launch(PRODUCT_PARAMS, computing)
+    launch.set(m=left.shape[0], k=left.shape[1], n=right.shape[1], main_thread=_in_main_thread())
+    for name, matrix in (("left", left), ("right", right), ("out", out)):
+        launch.block[name] = _matrix_view(matrix)
+    launch.pointer("bias", bias)
+    launch.set(vectors=plan.vectors, row_block=plan.row_block, panels=plan.panels, k_block=plan.k_block)
+    launch.set(in_place=plan.in_place)
+    if not plan.in_place:
+        width = plan.vectors * load.kernels(load.chosen_level()).VECTOR_BYTES // computing.itemsize
+        launch.room("packed", -(-right.shape[1] // width) * width * left.shape[1] * computing.itemsize)
+    launch.run("product", plan.threads)
+
+
+def _matrix_view(matrix: Matrix) -> tuple[int, ...]:
+    x = matrix.array
+    strides = _element_strides(x)
+    fields = [x.ctypes.data, STORAGE[x.dtype.name]]
+    for axes in (matrix.row_axes, matrix.column_axes):
+        *outer, inner = axes
+        size = max(x.shape[inner], 1)
+        fields += [size, strides[outer[0]] if outer else size * strides[inner], strides[inner]]
+    return tuple(fields)
+
+
+def _element_strides(x: Array) -> tuple[int, ...]:
+    return tuple(stride // x.itemsize for stride in x.strides)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

@@ -1,0 +1,149 @@
+"""Every choice of the CPU backend, as pure functions of the problem's sizes: which kernel, tile sizes, threads.
+
+Whatever here depends on the number of threads leaves the results' bits alone: a row's sums do not depend on the
+panel it lies in, and the fused and the separate backward take the same sums in the same order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: Below this many floating-point operations waking the pool costs more than it gains (some ten microseconds).
+_SMALL_WORK = 3_000_000
+#: Rows per key head up to which a call is bound by memory, and lanes along the features pay.
+_DECODE_ROWS = 8
+#: Keys that one split of a decode covers at least.
+_SPLIT_KEYS = 256
+#: Splits are made until there are this many work items, whatever the number of threads.
+_DECODE_ITEMS = 32
+#: Scratch for the query gradient of the fused backward, all threads together.
+_FUSED_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a plan depends on besides the problem: lanes of a vector, bytes of a real, threads at hand."""
+
+    lanes: int
+    itemsize: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a problem: N, H, Hk, L, T, D, Dv."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    head_dim: int
+    v_head_dim: int
+
+    @property
+    def rows(self) -> int:
+        """Query rows that share a key head."""
+        return self.heads // max(self.kv_heads, 1) * self.queries
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the forward, nothing hidden."""
+        return 2 * self.batch * self.heads * self.queries * self.keys * (self.head_dim + self.v_head_dim)
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """How one kernel runs."""
+
+    kernel: str
+    threads: int
+    vectors: int
+    panels: int
+    key_block: int
+    splits: int = 1
+    fused: bool = False
+    why: str = ""
+
+
+def plan_forward(sizes: Sizes, facts: Facts) -> AttentionPlan:
+    """Output and log-sum-exp."""
+    threads = _threads(sizes.flops, facts)
+    if sizes.rows <= _DECODE_ROWS:
+        splits = _splits(sizes)
+        items = sizes.batch * sizes.kv_heads * splits
+        return AttentionPlan(
+            "attention_decode", min(threads, items), vectors=4, panels=1, key_block=max(sizes.queries, 1),
+            splits=splits, why=f"{sizes.rows} query rows a key head: memory decides, keys in {splits} parts",
+        )  # fmt: skip
+    vectors = min(4, _ceil(sizes.rows, facts.lanes))
+    heads = sizes.batch * sizes.kv_heads
+    panels = 2 if heads * _ceil(sizes.rows, 2 * vectors * facts.lanes) >= 4 * threads else 1
+    items = heads * _ceil(sizes.rows, panels * vectors * facts.lanes)
+    return AttentionPlan(
+        "attention_forward", min(threads, items), vectors, panels, key_block=64,
+        why=f"{items} row blocks of {panels * vectors * facts.lanes} queries",
+    )  # fmt: skip
+
+
+def plan_backward(sizes: Sizes, facts: Facts) -> list[AttentionPlan]:
+    """Gradients of query, key and value: one fused kernel, or two where heads are too few to share out."""
+    threads = _threads(5 * sizes.flops // 2, facts)
+    heads = sizes.batch * sizes.kv_heads
+    vectors = min(4, _ceil(sizes.keys, facts.lanes))
+    columns = _ceil(sizes.head_dim, facts.lanes) * facts.lanes
+    scratch = min(threads, heads) * sizes.rows * columns * facts.itemsize
+    fused = (heads >= 2 * threads or threads == 1) and scratch <= _FUSED_BYTES
+    items = heads if fused else heads * _ceil(sizes.keys, vectors * facts.lanes)
+    why = f"{heads} key heads for {threads} threads, {scratch} bytes if fused"
+    keys = AttentionPlan("attention_backward", min(threads, items), vectors, 1, 64, fused=fused, why=why)
+    if fused:
+        return [keys]
+    vectors = min(4, _ceil(sizes.rows, facts.lanes))
+    items = heads * _ceil(sizes.rows, vectors * facts.lanes)
+    return [keys, AttentionPlan("attention_backward_query", min(threads, items), vectors, 1, 64, why=why)]
+
+
+def plan_rows(kernel: str, sizes: Sizes, facts: Facts) -> AttentionPlan:
+    """The weights, their kin, and the row term of the backward."""
+    vectors = min(4, _ceil(sizes.queries, facts.lanes))
+    return AttentionPlan(kernel, _threads(sizes.flops, facts), vectors, 1, key_block=64)
+
+
+@dataclass(frozen=True)
+class ProductPlan:
+    """How one matrix product runs."""
+
+    threads: int
+    vectors: int
+    row_block: int
+    panels: int
+    k_block: int
+    in_place: bool
+
+
+def plan_product(m: int, n: int, k: int, right_in_place: bool, facts: Facts) -> ProductPlan:
+    """`right_in_place`: whether the right operand's rows can serve as panels where they lie."""
+    threads = _threads(2 * m * n * k, facts)
+    vectors = min(4, _ceil(n, facts.lanes))
+    panels_in_all = _ceil(n, vectors * facts.lanes)
+    row_block = min(96, max(m, 1))
+    # Packing costs as much as a few rows of the product: with fewer rows it does not pay.
+    in_place = right_in_place and m <= 24
+    panels = min(8, panels_in_all)
+    while panels > 1 and _ceil(m, row_block) * _ceil(panels_in_all, panels) < 4 * threads:
+        panels = _ceil(panels, 2)
+    return ProductPlan(threads, vectors, row_block, panels, min(256, max(k, 1)), in_place)
+
+
+def _threads(flops: int, facts: Facts) -> int:
+    return 1 if flops < _SMALL_WORK else facts.threads
+
+
+def _splits(sizes: Sizes) -> int:
+    heads = max(sizes.batch * sizes.kv_heads, 1)
+    return max(1, min(_ceil(_DECODE_ITEMS, heads), sizes.keys // _SPLIT_KEYS))
+
+
+def _ceil(a: int, b: int) -> int:
+    return max(1, -(-a // b))

@@ -1,0 +1,60 @@
+"""Type of the arrays -> backend. A backend answers with the reasons why it cannot run a problem.
+
+The environment variable ``MHA_BACKEND`` forces one, for tests.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from mha.optional import array_module
+from mha.problem import AttentionProblem
+
+#: Library of the arrays -> the module that computes on them.
+_BACKENDS = {"numpy": "mha.cpu"}
+_BY_NAME = {"cpu": "mha.cpu", "reference": "mha.reference_backend"}
+
+
+def backend_of(*arrays: Any) -> Any:
+    """The backend for these arrays.
+
+    Raises
+    ------
+    TypeError
+        If they belong to different libraries, or to one that nothing here computes on.
+    RuntimeError
+        If ``MHA_BACKEND`` names no backend.
+    """
+    library = array_module(*arrays).__name__
+    forced = os.environ.get("MHA_BACKEND")
+    if forced:
+        if forced not in _BY_NAME:
+            raise RuntimeError(f"MHA_BACKEND={forced!r} is none of {', '.join(_BY_NAME)}. Choose one, or unset it.")
+        return _module(_BY_NAME[forced])
+    if library not in _BACKENDS:
+        raise TypeError(f"there is no backend for {library} arrays. Convert them to {' or '.join(_BACKENDS)}.")
+    return _module(_BACKENDS[library])
+
+
+def backend_for(problem: AttentionProblem) -> Any:
+    """The backend for a problem; one with an explicit dropout mask runs on the reference.
+
+    Raises
+    ------
+    RuntimeError
+        With every reason, if a forced backend cannot run it.
+    """
+    if problem.dropout is not None and problem.dropout.keep is not None:
+        return _module(_BY_NAME["reference"])
+    backend = backend_of(problem.query)
+    reasons = backend.unsupported_reasons(problem)
+    if reasons:
+        raise RuntimeError(f"the {backend.NAME} backend cannot run this: {'; '.join(reasons)}. Unset MHA_BACKEND.")
+    return backend
+
+
+def _module(name: str) -> ModuleType:
+    return import_module(name)

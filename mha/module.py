@@ -1,0 +1,276 @@
+"""`MultiHeadAttention`: a layer that holds its packed vector."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from mha import convert, layer
+from mha.functional import MultiHeadAttentionGradients
+from mha.packing import PackedLayout
+from mha.problem import checked_probability
+from mha.random import next_state
+
+Array = NDArray[Any]
+
+
+class MultiHeadAttention:
+    """Multi-head attention with its parameters in one packed vector, batch first.
+
+    Parameters
+    ----------
+    embed_dim, num_heads : int
+        E and H; E must be divisible by H.
+    attn_dropout, out_dropout : float
+        Dropout of the attention weights and of the output, in training.
+    bias : bool
+        Whether the four projections have biases.
+    add_bias_kv : bool
+        Learn one key and value appended to every sample's.
+    add_zero_attn : bool
+        Append a key and value of zeros.
+    kdim, vdim : int, optional
+        Widths of key and value; None is embed_dim.
+    num_kv_heads : int, optional
+        Grouped-query attention: Hk heads of key and value.
+    scale : float, optional
+        Factor on the scores; None is (E // H) ** -0.5.
+    dtype : dtype
+        Of the parameters and inputs: float16, bfloat16, float32 or float64.
+    xp : module
+        The array library of the parameters.
+
+    Attributes
+    ----------
+    io_weight_bias : array, shape (layout.length,)
+    layout : PackedLayout
+    bias_k, bias_v : (1, 1, width) arrays or None
+    training : bool
+        True at first.
+
+    Notes
+    -----
+    After MegEngine 1.13's module of this name. Each matrix starts Xavier-uniform, biases at 0, drawn from `mha.seed`.
+    Calls from several threads are safe; each thread has its own latest call for `backward`.
+    """
+
+    _OPTIONS: ClassVar[tuple[str, ...]] = (
+        "embed_dim", "num_heads", "attn_dropout", "out_dropout", "bias", "add_bias_kv", "add_zero_attn", "kdim", "vdim",
+        "num_kv_heads", "scale", "dtype",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        attn_dropout: float = 0.0,
+        out_dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        *,
+        num_kv_heads: int | None = None,
+        scale: float | None = None,
+        dtype: DTypeLike = np.float32,
+        xp: ModuleType = np,
+    ) -> None:
+        self.layout = PackedLayout(
+            embed_dim, num_heads, kdim=kdim, vdim=vdim, num_kv_heads=num_kv_heads,
+            qbias=bias, kbias=bias, vbias=bias, obias=bias,
+        )  # fmt: skip
+        self.attn_dropout = checked_probability("attn_dropout", attn_dropout)
+        self.out_dropout = checked_probability("out_dropout", out_dropout)
+        self.bias, self.add_bias_kv, self.add_zero_attn = bool(bias), bool(add_bias_kv), bool(add_zero_attn)
+        self.scale, self.dtype, self.xp = scale, np.dtype(dtype), xp
+        self.training = True
+        self._calls = threading.local()
+        self._frozen = False
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew."""
+        layout, xp, state = self.layout, self.xp, next_state()
+        rng = np.random.default_rng([state.seed & 0xFFFFFFFF, state.seed >> 32, state.offset])
+        self.io_weight_bias = xp.zeros(layout.length, self.dtype)
+        for name, view in layout.views(self.io_weight_bias).items():
+            if name.endswith("weight"):
+                view[...] = xp.asarray(_xavier_uniform(rng, view.shape)).astype(self.dtype)
+        self.bias_k = self.bias_v = None
+        if self.add_bias_kv:
+            shapes = (1, 1, layout.kproj_size), (1, 1, layout.vproj_size)
+            rows = (xp.asarray(_xavier_uniform(rng, shape)).astype(self.dtype) for shape in shapes)
+            self.bias_k, self.bias_v = rows
+
+    def __call__(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        key_padding_mask: Array | None = None,
+        attn_mask: Array | None = None,
+        need_weights: bool = False,
+        average_attn_weights: bool = False,
+        is_causal: bool = False,
+        maybe_cudnn_style_mask: bool = False,
+    ) -> tuple[Array, Array | None]:
+        """Run the layer; see `multi_head_attention` for shapes, masks and errors.
+
+        Returns
+        -------
+        attn_output : (N, L, E) array
+        attn_output_weights : (N*H, L, T) array, averaged (N, L, T), or None
+        """
+        layout = self.layout
+        call = layer.Call.build(
+            query=query, key=key, value=value, embed_dim=layout.embed_dim, num_heads=layout.num_heads,
+            attn_drop=self.attn_dropout, out_drop=self.out_dropout, io_weight_bias=self.io_weight_bias,
+            qproj_size=layout.qproj_size, kproj_size=layout.kproj_size, vproj_size=layout.vproj_size,
+            oproj_size=layout.oproj_size, qbias=self.bias, kbias=self.bias, vbias=self.bias, obias=self.bias,
+            bias_k=self.bias_k, bias_v=self.bias_v, add_zero_attn=self.add_zero_attn,
+            key_padding_mask=key_padding_mask, attn_mask=attn_mask, need_weights=need_weights,
+            average_attn_weights=average_attn_weights, is_causal=is_causal,
+            maybe_cudnn_style_mask=maybe_cudnn_style_mask, reslink=False, training=self.training,
+            num_kv_heads=layout.num_kv_heads, scale=self.scale, window=None, softcap=None, causal_offset=0,
+        )  # fmt: skip
+        result = layer.forward(call)
+        self._calls.latest = call if self.training else None
+        return result
+
+    def backward(
+        self, grad_attn_output: Array, grad_attn_output_weights: Array | None = None
+    ) -> MultiHeadAttentionGradients:
+        """Gradients of this thread's latest call, which is used up.
+
+        Raises
+        ------
+        RuntimeError
+            Without a call in training since the last backward.
+        TypeError, ValueError
+            If the gradients do not fit what the call returned.
+        """
+        call = getattr(self._calls, "latest", None)
+        if call is None:
+            raise RuntimeError("backward needs a call in training mode before it, one for each. Call the layer first.")
+        gradients = layer.backward(call, grad_attn_output, grad_attn_output_weights, mask_gradients=False)
+        self._calls.latest = None
+        return MultiHeadAttentionGradients(*gradients)
+
+    def train(self) -> Self:
+        """Training mode: dropout applies, a backward may follow, the parameters may be written."""
+        self._writeable(True)
+        self.training = True
+        return self
+
+    def eval(self) -> Self:
+        """Evaluation mode: no dropout, nothing kept."""
+        self.training = False
+        return self
+
+    def freeze(self) -> Self:
+        """Evaluation mode with the parameters read-only, until `train` or a load."""
+        self._writeable(False)
+        return self.eval()
+
+    def _writeable(self, flag: bool) -> None:
+        self._frozen = not flag
+        if self.xp is np:
+            for x in (self.io_weight_bias, self.bias_k, self.bias_v):
+                if x is not None:
+                    x.flags.writeable = flag
+
+    def state_dict(self) -> dict[str, Array]:
+        """The parameters themselves: io_weight_bias, and bias_k and bias_v if there are any."""
+        parameters = {"io_weight_bias": self.io_weight_bias, "bias_k": self.bias_k, "bias_v": self.bias_v}
+        return {name: x for name, x in parameters.items() if x is not None}
+
+    def load_state_dict(self, state: Mapping[str, Array]) -> None:
+        """Copy parameters in.
+
+        Raises
+        ------
+        ValueError
+            If names or shapes differ from those of `state_dict`.
+        """
+        own = self.state_dict()
+        listed = {name: np.shape(x) for name, x in state.items()}
+        expected = {name: x.shape for name, x in own.items()}
+        sizes = {name: int(np.prod(shape)) for name, shape in listed.items()}
+        if sizes != {name: x.size for name, x in own.items()}:
+            raise ValueError(f"state has {listed} where {expected} is expected. Build the layer with the same options.")
+        self._writeable(True)
+        for name, x in own.items():
+            x[...] = self.xp.asarray(state[name]).reshape(x.shape)
+
+    @classmethod
+    def from_torch(
+        cls, state_dict: Mapping[str, Any], num_heads: int, prefix: str = "", *, xp: ModuleType = np, **options: Any
+    ) -> Self:
+        """A layer with the parameters of a ``torch.nn.MultiheadAttention``.
+
+        Parameters
+        ----------
+        state_dict : mapping of str to tensor or array
+        num_heads : int
+        prefix : str
+            What stands before the layer's keys, e.g. ``"encoder.layers.0.self_attn."``.
+        xp : module
+            The library to hold the parameters in.
+        **options
+            attn_dropout, out_dropout, add_zero_attn, scale.
+        """
+        return cls.from_parameters(convert.from_torch(state_dict, num_heads, prefix), xp=xp, **options)
+
+    @classmethod
+    def from_parameters(cls, parameters: convert.PackedParameters, *, xp: ModuleType = np, **options: Any) -> Self:
+        """A layer with converted parameters; see `mha.convert`.
+
+        Raises
+        ------
+        ValueError
+            If the layout is not one that this class makes: some biases only, or other projection widths.
+        """
+        layout = parameters.layout
+        made = cls(
+            layout.embed_dim, layout.num_heads, bias=layout.qbias, add_bias_kv=parameters.bias_k is not None,
+            kdim=layout.kdim, vdim=layout.vdim, num_kv_heads=layout.num_kv_heads,
+            dtype=parameters.io_weight_bias.dtype, xp=xp, **options,
+        )  # fmt: skip
+        if made.layout != layout:
+            raise ValueError(f"a module would have {made.layout}, not {layout}. Use multi_head_attention instead.")
+        rows = {"bias_k": parameters.bias_k, "bias_v": parameters.bias_v}
+        state = {"io_weight_bias": parameters.io_weight_bias} | {n: x for n, x in rows.items() if x is not None}
+        made.load_state_dict(state)
+        return made
+
+    def __repr__(self) -> str:
+        layout = self.layout
+        values: dict[str, Any] = {name: getattr(layout, name) for name in ("embed_dim", "num_heads")}
+        values |= {name: getattr(self, name) for name in self._OPTIONS[2:7]}
+        values |= {name: getattr(layout, name) for name in ("kdim", "vdim", "num_kv_heads")}
+        values |= {"scale": self.scale, "dtype": self.dtype.name}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: x for name, x in self.__dict__.items() if name != "_calls"}
+        return state | {"xp": self.xp.__name__}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        import importlib
+
+        self.__dict__.update(state)
+        self.xp = importlib.import_module(state["xp"])
+        self._calls = threading.local()
+        self._writeable(not self._frozen)
+
+
+def _xavier_uniform(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    """Uniform within sqrt(6 / (fan_in + fan_out)), the last two axes being the fans (Glorot and Bengio, 2010)."""
+    bound = (6 / (shape[-2] + shape[-1])) ** 0.5
+    return rng.uniform(-bound, bound, shape)

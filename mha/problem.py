@@ -1,0 +1,225 @@
+"""`AttentionProblem`: the only validator of shapes, dtypes and devices in front of the kernels.
+
+Everything below it trusts what it holds. Shapes: query (*batch, H, L, D), key (*batch, Hk, T, D), value
+(*batch, Hk, T, Dv), where T counts appended keys.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mha.masks import MaskSpec
+from mha.optional import array_module, bfloat16
+from mha.random import DropoutState
+
+Array = NDArray[Any]
+
+#: dtype -> the one it is computed in.
+COMPUTING = {
+    np.dtype(np.float32): np.dtype(np.float32),
+    np.dtype(np.float64): np.dtype(np.float64),
+    np.dtype(np.float16): np.dtype(np.float32),
+}
+if bfloat16 is not None:
+    COMPUTING[bfloat16] = np.dtype(np.float32)
+
+#: Sizes and strides are 64-bit; what does not fit an index is refused before anything is allocated.
+_MOST_ELEMENTS = 2**62
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Dropout of the attention weights: probability and what the mask is derived from.
+
+    `keep` is a mask given outright, (*batch, H, L, T); only the reference backend takes one.
+    """
+
+    p: float
+    state: DropoutState | None = None
+    keep: Array | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionProblem:
+    """One call of the attention core, validated."""
+
+    query: Array
+    key: Array
+    value: Array
+    mask: MaskSpec
+    scale: float
+    softcap: float | None = None
+    dropout: Dropout | None = None
+
+    @classmethod
+    def build(
+        cls,
+        query: Array,
+        key: Array,
+        value: Array,
+        mask: MaskSpec,
+        scale: float | None = None,
+        softcap: float | None = None,
+        dropout: Dropout | None = None,
+    ) -> AttentionProblem:
+        """Check everything that the mask's own builder has not checked.
+
+        Raises
+        ------
+        TypeError
+            For arrays of different libraries, and dtypes that differ or are not float16, bfloat16, float32, float64.
+        ValueError
+            For shapes that do not fit each other, and options out of range.
+        """
+        named = {"query": query, "key": key, "value": value}
+        xp = array_module(*named.values())
+        check_dtypes(named)
+        _check_shapes(query, key, value)
+        return cls(
+            query=usable(query, xp),
+            key=usable(key, xp),
+            value=usable(value, xp),
+            mask=mask,
+            scale=checked_scale(scale, query.shape[-1]),
+            softcap=checked_softcap(softcap),
+            dropout=dropout if dropout is not None and dropout.p > 0 else None,
+        )
+
+    @cached_property
+    def xp(self) -> ModuleType:
+        """The arrays' library."""
+        return array_module(self.query)
+
+    @cached_property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The broadcast batch axes."""
+        return np.broadcast_shapes(*(x.shape[:-3] for x in (self.query, self.key, self.value)))
+
+    @property
+    def batch(self) -> int:
+        """N"""
+        return math.prod(self.batch_shape)
+
+    @property
+    def heads(self) -> int:
+        """H"""
+        return self.query.shape[-3]
+
+    @property
+    def kv_heads(self) -> int:
+        """Hk"""
+        return self.key.shape[-3]
+
+    @property
+    def queries(self) -> int:
+        """L"""
+        return self.query.shape[-2]
+
+    @property
+    def keys(self) -> int:
+        """T, appended keys included"""
+        return self.key.shape[-2]
+
+    @property
+    def head_dim(self) -> int:
+        """D"""
+        return self.query.shape[-1]
+
+    @property
+    def v_head_dim(self) -> int:
+        """Dv"""
+        return self.value.shape[-1]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the arrays and the results."""
+        return self.query.dtype
+
+    @property
+    def computing(self) -> np.dtype[Any]:
+        """Of the computation, the log-sum-exp included."""
+        return COMPUTING[self.dtype]
+
+
+def check_dtypes(named: dict[str, Array]) -> None:
+    """All of one floating dtype that the kernels know; byte order aside."""
+    listed = ", ".join(f"{name} {x.shape} {x.dtype}" for name, x in named.items())
+    dtypes = {x.dtype.newbyteorder("=") for x in named.values()}
+    unknown = [str(dtype) for dtype in dtypes if dtype not in COMPUTING]
+    if unknown:
+        known = ", ".join(map(str, COMPUTING))
+        hint = "" if bfloat16 is not None else " bfloat16 needs the package ml_dtypes."
+        raise TypeError(f"dtype {' and '.join(unknown)} ({listed}) is not one of {known}. Convert with astype.{hint}")
+    if len(dtypes) > 1:
+        raise TypeError(f"dtypes differ: {listed}. Convert them to one dtype with astype.")
+
+
+def _check_shapes(query: Array, key: Array, value: Array) -> None:
+    shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
+    if min(query.ndim, key.ndim, value.ndim) < 3:
+        raise ValueError(f"{shapes}: each needs a head axis, (..., H, L, D). Add one with x[None].")
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(f"{shapes}: query and key must have the same last size D. Check their last axes.")
+    if query.shape[-1] < 1 or value.shape[-1] < 1:
+        raise ValueError(f"{shapes}: head sizes D and Dv must be at least 1. Check the last axes.")
+    if key.shape[-2] != value.shape[-2]:
+        raise ValueError(f"{shapes}: key and value must have the same length S. Check their axis -2.")
+    heads, kv_heads = query.shape[-3], key.shape[-3]
+    if kv_heads != value.shape[-3] or (heads % kv_heads if kv_heads else heads):
+        raise ValueError(
+            f"{shapes}: key and value must have equally many heads (axis -3), a divisor of the query's {heads}. "
+            "Check the head axes."
+        )
+    try:
+        batch = np.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    except ValueError:
+        raise ValueError(
+            f"{shapes}: the batch axes {query.shape[:-3]}, {key.shape[:-3]} and {value.shape[:-3]} do not broadcast. "
+            "Make each pair equal or 1."
+        ) from None
+    rows = math.prod(batch) * max(heads, 1) * max(query.shape[-2], key.shape[-2])
+    if rows * max(query.shape[-1], value.shape[-1]) > _MOST_ELEMENTS:
+        raise ValueError(f"{shapes}: broadcast, that is more elements than a 64-bit index reaches. Split the batch.")
+
+
+def checked_scale(scale: float | None, head_dim: int) -> float:
+    """None is D ** -0.5; 0 and negative factors are honoured."""
+    if scale is None:
+        return float(head_dim**-0.5)
+    scale = float(scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}. Pass a finite number, or None for D ** -0.5.")
+    return scale
+
+
+def checked_softcap(softcap: float | None) -> float | None:
+    """None or a positive finite number."""
+    if softcap is None:
+        return None
+    softcap = float(softcap)
+    if not 0 < softcap < math.inf:
+        raise ValueError(f"softcap is {softcap}. Pass a positive number, or None for no cap.")
+    return softcap
+
+
+def checked_probability(name: str, p: float) -> float:
+    """A dropout probability in [0, 1]."""
+    p = float(p)
+    if not 0 <= p <= 1:
+        raise ValueError(f"{name} is {p}, not a probability. Pass a number from 0 to 1.")
+    return p
+
+
+def usable(x: Array, xp: ModuleType) -> Array:
+    """`x` itself, or a copy where kernels cannot index it: swapped bytes, or strides that are no whole elements."""
+    whole = all(stride % x.itemsize == 0 for stride, size in zip(x.strides, x.shape, strict=True) if size > 1)
+    if xp is not np or (whole and x.flags.aligned and x.dtype.isnative):
+        return x
+    return np.array(x, dtype=x.dtype.newbyteorder("="), order="C")

@@ -1,0 +1,85 @@
+"""Input and output projections of a layer, and their gradients: which product, which layout.
+
+Projected heads lie as (N, H, T, D); the products read and write that layout themselves, so nothing is transposed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mha.matrix import Matrix, heads_of, rows_of
+from mha.optional import array_module
+from mha.problem import COMPUTING
+
+Array = NDArray[Any]
+
+
+def project_heads(
+    backend: Any, x: Array, weight: Array | None, bias: Array | None, heads: int, appended: list[Array | None]
+) -> Array:
+    """x (N, T, F) -> (N, H, T + appended, D).
+
+    Without a weight every head gets the whole width F: the result has one head, or `heads` of them with stride 0. Each
+    appended row is (1, 1, H*D or F), or None for zeros.
+    """
+    xp = array_module(x)
+    batch, length, width = x.shape
+    total = length + len(appended)
+    if weight is None:
+        if appended:
+            rows = [xp.zeros((1, 1, width), x.dtype) if row is None else row for row in appended]
+            x = xp.concatenate([x, *(xp.broadcast_to(row, (batch, 1, width)) for row in rows)], axis=1)
+        return xp.broadcast_to(x[:, None], (batch, heads, total, width))
+    out = xp.empty((batch, heads, total, weight.shape[1] // heads), x.dtype)
+    backend.product(rows_of(x), rows_of(weight), heads_of(out[:, :, :length]), bias)
+    for i, row in enumerate(appended):
+        out[:, :, length + i] = 0 if row is None else row.reshape(1, heads, -1)
+    return out
+
+
+def project_output(backend: Any, heads: Array, weight: Array | None, bias: Array | None) -> Array:
+    """Heads (N, H, L, Dv), side by side in memory, -> (N, L, O); without a weight they are the output."""
+    xp = array_module(heads)
+    batch, count, length, width = heads.shape
+    joined = heads.swapaxes(1, 2).reshape(batch, length, count * width)
+    if weight is None:
+        return joined
+    out = xp.empty((batch, length, weight.shape[1]), heads.dtype)
+    backend.product(rows_of(joined), rows_of(weight), rows_of(out), bias)
+    return out
+
+
+def linear_gradients(
+    backend: Any,
+    x: Matrix,
+    grad: Matrix,
+    weight: Array,
+    grad_weight: Array,
+    grad_bias: Array | None,
+    grad_x: Matrix,
+) -> None:
+    """Gradients of x @ weight + bias, written into the three targets."""
+    backend.product(x.T, grad, rows_of(grad_weight))
+    backend.product(grad, rows_of(weight).T, grad_x)
+    if grad_bias is not None:
+        xp = array_module(grad.array)
+        one = xp.broadcast_to(xp.ones((1, 1), grad.array.dtype), (1, grad.shape[0]))
+        backend.product(Matrix(one, (0,), (1,)), grad, Matrix(grad_bias.reshape(1, -1), (0,), (1,)))
+
+
+def sum_over_heads(grad: Array) -> Array:
+    """Gradient of an input that every head got whole: (N, H, T, F) -> (N, T, F), summed in the computing dtype."""
+    return grad.astype(COMPUTING[grad.dtype], copy=False).sum(axis=1).astype(grad.dtype, copy=False)
+
+
+def sum_to_shape(grad: Array, shape: tuple[int, ...]) -> Array:
+    """Sum over the axes that broadcasting has added to or stretched in an input of `shape`."""
+    if grad.shape == shape:
+        return grad
+    added = grad.ndim - len(shape)
+    axes = tuple(i for i in range(grad.ndim) if i < added or (shape[i - added] == 1 != grad.shape[i]))
+    computing = COMPUTING.get(grad.dtype, np.dtype(grad.dtype))
+    return grad.astype(computing, copy=False).sum(axis=axes).astype(grad.dtype, copy=False).reshape(shape)

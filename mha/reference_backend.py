@@ -1,0 +1,89 @@
+"""The reference implementation with the functions of a backend: for tests, and for arrays no kernel takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from numpy.typing import NDArray
+
+from mha import reference
+from mha.matrix import Matrix
+from mha.optional import array_module
+from mha.problem import COMPUTING, AttentionProblem, Dropout
+
+Array = NDArray[Any]
+
+NAME = "reference"
+
+
+def unsupported_reasons(problem: AttentionProblem) -> list[str]:
+    """It runs everything."""
+    return []
+
+
+def attention_forward(problem: AttentionProblem, heads_last: bool = False) -> tuple[Array, Array]:
+    """See `mha.cpu.attention_forward`."""
+    output, lse, _ = _forward(problem)
+    if heads_last:
+        output = array_module(output).ascontiguousarray(output.swapaxes(-2, -3)).swapaxes(-2, -3)
+    return output, lse
+
+
+def attention_weights(problem: AttentionProblem, lse: Array, average: bool) -> Array:
+    """See `mha.cpu.attention_weights`."""
+    weights = _forward(problem)[2]
+    if not average:
+        return weights
+    return weights.astype(problem.computing).mean(axis=-3).astype(weights.dtype)
+
+
+def attention_backward(
+    problem: AttentionProblem,
+    grad_output: Array,
+    output: Array,
+    lse: Array,
+    grad_weights: Array | None = None,
+    grad_weights_scale: float = 1.0,
+    mask_shapes: Sequence[tuple[int, int, int, int]] = (),
+) -> tuple[Array, Array, Array, list[Array]]:
+    """See `mha.cpu.attention_backward`."""
+    p = problem
+    if grad_weights is not None:
+        grad_weights = grad_weights.astype(p.computing) * grad_weights_scale
+    *gradients, scores = reference.attention_backward(
+        grad_output, p.query, p.key, p.value, p.mask, grad_weights=grad_weights, **_options(p)
+    )
+    own = scores.reshape(p.batch, p.heads, p.queries, p.keys)[..., : p.keys - p.mask.extra]
+    summed = []
+    for shape in mask_shapes:
+        axes = tuple(axis for axis, size in enumerate(shape) if size == 1)
+        summed.append(own.sum(axis=axes, keepdims=True).reshape(shape))
+    return gradients[0], gradients[1], gradients[2], summed
+
+
+def product(left: Matrix, right: Matrix, out: Matrix, bias: Array | None = None) -> None:
+    """See `mha.cpu.product`."""
+    computing = COMPUTING[out.array.dtype]
+    value = left.dense().astype(computing) @ right.dense().astype(computing)
+    if bias is not None:
+        value = value + bias.astype(computing)
+    out.assign(value)
+
+
+def output_dropout(x: Array, dropout: Dropout | None, residual: Array | None = None) -> Array:
+    """See `mha.cpu.output_dropout`."""
+    if dropout is not None:
+        x = reference.output_dropout(x, dropout.p, dropout.state, dropout.keep)
+    return x + residual if residual is not None else x.copy()
+
+
+def _forward(p: AttentionProblem) -> tuple[Array, Array, Array]:
+    return reference.attention_forward(p.query, p.key, p.value, p.mask, **_options(p))
+
+
+def _options(p: AttentionProblem) -> dict[str, Any]:
+    options: dict[str, Any] = {"scale": p.scale, "softcap": p.softcap}
+    if p.dropout is not None:
+        options |= {"dropout_p": p.dropout.p, "dropout_state": p.dropout.state, "keep": p.dropout.keep}
+    return options

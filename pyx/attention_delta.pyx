@@ -1,0 +1,63 @@
+"""delta = rowsum(grad_output * output), the row term of the softmax backward."""
+from cython.parallel cimport parallel, threadid
+from libc.stdint cimport int64_t
+from params cimport AttentionParams, checked_params
+from tile cimport real, load_vector
+from storage cimport element
+from schedule cimport (mha_schedule, schedule_start, schedule_take, schedule_finish, schedule_join, keep_going,
+                       wait_for_others, finished, carve)
+
+
+cdef void delta_rows(const AttentionParams* p, Py_ssize_t n, Py_ssize_t head, char* base, const real* kind) noexcept nogil:
+    cdef char* cursor = base
+    cdef real* output = <real*>carve(&cursor, p.v_head_dim * sizeof(real))
+    cdef real* grad = <real*>carve(&cursor, p.v_head_dim * sizeof(real))
+    cdef real* delta = <real*>p.delta + (n * p.heads + head) * p.queries
+    cdef int64_t i, d
+    cdef real sum
+    for i in range(p.queries):
+        load_vector(<int>p.output.storage, p.output.data, element(&p.output, n, head, i), p.output.column, p.v_head_dim,
+                    output, 1)
+        load_vector(<int>p.grad_output.storage, p.grad_output.data, element(&p.grad_output, n, head, i),
+                    p.grad_output.column, p.v_head_dim, grad, 1)
+        sum = 0
+        for d in range(p.v_head_dim):
+            sum += output[d] * grad[d]
+        delta[i] = sum
+
+
+cdef void delta_worker(const AttentionParams* p, mha_schedule* schedule, int thread, const real* kind) noexcept nogil:
+    cdef int64_t item
+    schedule_join(schedule)
+    while True:
+        item = schedule_take(schedule)
+        if item < 0 or not keep_going(schedule, thread):
+            break
+        delta_rows(p, item // p.heads, item % p.heads, p.scratch + thread * p.scratch_bytes, kind)
+        schedule_finish(schedule)
+    wait_for_others(schedule, thread)
+
+
+cdef int run_delta(const AttentionParams* p, const real* kind) except -1:
+    cdef mha_schedule schedule
+    schedule_start(&schedule, p.batch * p.heads, <int>p.main_thread)
+    with nogil, parallel(num_threads=<int>p.threads):
+        delta_worker(p, &schedule, threadid(), kind)
+    return finished(&schedule)
+
+
+def attention_delta_scratch(const unsigned char[::1] params, bint double_precision):
+    """Bytes of scratch memory that one thread needs."""
+    cdef char* cursor = NULL
+    cdef const AttentionParams* p = checked_params(params)
+    carve(&cursor, p.v_head_dim * (8 if double_precision else 4))
+    carve(&cursor, p.v_head_dim * (8 if double_precision else 4))
+    return <Py_ssize_t>cursor
+
+
+def attention_delta(const unsigned char[::1] params, bint double_precision):
+    """Writes delta; returns the size of the team of threads."""
+    cdef const AttentionParams* p = checked_params(params)
+    if double_precision:
+        return run_delta(p, <const double*>NULL)
+    return run_delta(p, <const float*>NULL)

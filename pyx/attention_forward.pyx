@@ -1,0 +1,171 @@
+"""Attention forward: blocks of keys against panels of queries, online softmax, nothing of size L x S.
+
+Scores are computed transposed, [keys][queries as lanes]: K and V are used where they lie, the softmax is vertical,
+and the probabilities are already the packed operand of the second product. (Dao et al., "FlashAttention", 2022.)
+"""
+from cython.parallel cimport parallel, threadid
+from libc.math cimport INFINITY, log
+from libc.stdint cimport int64_t
+from libc.string cimport memset
+from params cimport AttentionParams, checked_params
+from tile cimport real, lanes, tile_product, tile_product_hiding, softmax_absorb, scale_lanes
+from mask cimport Panel, carve_panel, fill_panel, next_block, mask_scores, drop_scores
+from storage cimport Block, key_rows, block_finite, load_panel, store_panel
+from schedule cimport (mha_schedule, schedule_start, schedule_take, schedule_finish, schedule_join, keep_going,
+                        wait_for_others, finished, carve)
+
+cdef enum:
+    MAX_PANELS = 4
+
+
+cdef struct ForwardScratch:
+    Panel panels[MAX_PANELS]
+    char* query[MAX_PANELS]         # [D][lanes], scaled
+    char* output[MAX_PANELS]        # [Dv][lanes]
+    char* maximum[MAX_PANELS]
+    char* sum[MAX_PANELS]
+    char* rescale
+    char* scores                    # [key_block][lanes]
+    char* spare                     # the same
+    char* key                       # a converted block of K, [key_block][D]
+    char* value
+
+
+cdef Py_ssize_t carve_forward(const AttentionParams* p, char* base, ForwardScratch* scratch,
+                              const real* kind) noexcept nogil:
+    """Lays out one thread's scratch memory and returns its size."""
+    cdef char* cursor = base
+    cdef Py_ssize_t width = p.vectors * lanes(kind), size = sizeof(real), i
+    for i in range(p.panels):
+        carve_panel(&scratch.panels[i], p.vectors, &cursor, kind)
+        scratch.query[i] = carve(&cursor, p.head_dim * width * size)
+        scratch.output[i] = carve(&cursor, p.v_head_dim * width * size)
+        scratch.maximum[i] = carve(&cursor, width * size)
+        scratch.sum[i] = carve(&cursor, width * size)
+    scratch.rescale = carve(&cursor, width * size)
+    scratch.scores = carve(&cursor, p.key_block * width * size)
+    scratch.spare = carve(&cursor, p.key_block * width * size)
+    scratch.key = carve(&cursor, p.key_block * p.head_dim * size)
+    scratch.value = carve(&cursor, p.key_block * p.v_head_dim * size)
+    return cursor - base
+
+
+cdef void absorb_block(const AttentionParams* p, ForwardScratch* scratch, Py_ssize_t i, int64_t j, int64_t count,
+                       Block key, Block value, const real* kind) noexcept nogil:
+    """Takes keys j .. j + count into the running softmax and output of panel `i`."""
+    cdef Panel* panel = &scratch.panels[i]
+    cdef real* s = <real*>scratch.scores
+    cdef real* output = <real*>scratch.output[i]
+    cdef real* rescale = <real*>scratch.rescale
+    cdef Py_ssize_t width = panel.width
+    tile_product(count, panel.vectors, p.head_dim, <const real*>key.data, key.row, key.column,
+                 <const real*>scratch.query[i], width, s, width, 0)
+    cdef bint partial = mask_scores(p, panel, j, count, s, <real*>scratch.spare, <real*>NULL)
+    if softmax_absorb(count, panel.vectors, s, <real*>scratch.maximum[i], <real*>scratch.sum[i], rescale):
+        scale_lanes(p.v_head_dim, panel.vectors, output, rescale)
+    if p.dropout:
+        drop_scores(p, panel, j, count, s)
+    if partial and not block_finite(value, count, p.v_head_dim, kind):
+        tile_product_hiding(p.v_head_dim, panel.vectors, count, <const real*>value.data, value.column, value.row,
+                            s, width, output, width, 1)
+    else:
+        tile_product(p.v_head_dim, panel.vectors, count, <const real*>value.data, value.column, value.row, s, width,
+                     output, width, 1)
+
+
+cdef void finish_panel(const AttentionParams* p, ForwardScratch* scratch, Py_ssize_t i, const real* kind) noexcept nogil:
+    """Divides by the sums and stores the output and the log-sum-exp."""
+    cdef Panel* panel = &scratch.panels[i]
+    cdef real* maximum = <real*>scratch.maximum[i]
+    cdef real* sum = <real*>scratch.sum[i]
+    cdef real* lse = <real*>p.lse
+    cdef Py_ssize_t q
+    cdef int64_t row
+    for q in range(panel.rows):
+        if lse != NULL:
+            row = (panel.sample * p.heads + panel.head[q]) * p.queries + panel.query[q]
+            lse[row] = maximum[q] + <real>log(sum[q]) if sum[q] != 0 else <real>(-INFINITY)
+    for q in range(panel.width):
+        sum[q] = 1 / sum[q] if sum[q] != 0 else 0
+    scale_lanes(p.v_head_dim, panel.vectors, <real*>scratch.output[i], sum)
+    store_panel(&p.output, panel, p.v_head_dim, <const real*>scratch.output[i], 1)
+
+
+cdef void forward_block(const AttentionParams* p, Py_ssize_t n, Py_ssize_t kv_head, Py_ssize_t first,
+                        ForwardScratch* scratch, mha_schedule* schedule, int thread, const real* kind) noexcept nogil:
+    """One work item: a block of query rows of one key head."""
+    cdef Py_ssize_t width = p.vectors * lanes(kind), total = p.heads // p.kv_heads * p.queries, panels = 0, q, i
+    cdef int64_t j = 0, count = 0
+    cdef Block key, value
+    cdef Panel all_panels
+    while panels < p.panels and first + panels * width < total:
+        fill_panel(p, &scratch.panels[panels], n, kv_head, first + panels * width,
+                   min(width, total - first - panels * width), kind)
+        load_panel(&p.query, &scratch.panels[panels], p.head_dim, p.operand_scale,
+                   <real*>scratch.query[panels])
+        memset(scratch.output[panels], 0, p.v_head_dim * width * sizeof(real))
+        memset(scratch.sum[panels], 0, width * sizeof(real))
+        for q in range(width):
+            (<real*>scratch.maximum[panels])[q] = <real>(-INFINITY)
+        panels += 1
+    all_panels = scratch.panels[0]
+    for i in range(1, panels):
+        all_panels.start = min(all_panels.start, scratch.panels[i].start)
+        all_panels.stop = max(all_panels.stop, scratch.panels[i].stop)
+    while True:
+        j = next_block(p, &all_panels, j, &count)
+        if j < 0 or not keep_going(schedule, thread):
+            break
+        key = key_rows(p, &p.key, n, kv_head, j, count, p.head_dim, <real*>scratch.key)
+        value = key_rows(p, &p.value, n, kv_head, j, count, p.v_head_dim, <real*>scratch.value)
+        for i in range(panels):
+            if j >= p.keys - p.extra or (j < scratch.panels[i].stop and j + count > scratch.panels[i].start):
+                absorb_block(p, scratch, i, j, count, key, value, kind)
+        j += count
+    for i in range(panels):
+        finish_panel(p, scratch, i, kind)
+
+
+cdef void forward_worker(const AttentionParams* p, mha_schedule* schedule, int thread, const real* kind) noexcept nogil:
+    cdef ForwardScratch scratch
+    cdef int64_t item, block, blocks, rows = p.vectors * lanes(kind) * p.panels
+    cdef int64_t total = p.heads // p.kv_heads * p.queries
+    blocks = (total + rows - 1) // rows
+    schedule_join(schedule)
+    carve_forward(p, p.scratch + thread * p.scratch_bytes, &scratch, kind)
+    while True:
+        item = schedule_take(schedule)
+        if item < 0 or not keep_going(schedule, thread):
+            break
+        # the last rows see most under a causal mask: longest first
+        block = blocks - 1 - item // (p.batch * p.kv_heads)
+        item = item % (p.batch * p.kv_heads)
+        forward_block(p, item // p.kv_heads, item % p.kv_heads, block * rows, &scratch, schedule, thread, kind)
+        schedule_finish(schedule)
+    wait_for_others(schedule, thread)
+
+
+cdef int run_forward(const AttentionParams* p, const real* kind) except -1:
+    cdef mha_schedule schedule
+    cdef int64_t rows = p.vectors * lanes(kind) * p.panels, total = p.heads // p.kv_heads * p.queries
+    schedule_start(&schedule, (total + rows - 1) // rows * p.batch * p.kv_heads, <int>p.main_thread)
+    with nogil, parallel(num_threads=<int>p.threads):
+        forward_worker(p, &schedule, threadid(), kind)
+    return finished(&schedule)
+
+
+def attention_forward_scratch(const unsigned char[::1] params, bint double_precision):
+    """Bytes of scratch memory that one thread needs."""
+    cdef ForwardScratch scratch
+    cdef const AttentionParams* p = checked_params(params)
+    if double_precision:
+        return carve_forward(p, NULL, &scratch, <const double*>NULL)
+    return carve_forward(p, NULL, &scratch, <const float*>NULL)
+
+
+def attention_forward(const unsigned char[::1] params, bint double_precision):
+    """Writes output and log-sum-exp; returns the size of the team of threads."""
+    cdef const AttentionParams* p = checked_params(params)
+    if double_precision:
+        return run_forward(p, <const double*>NULL)
+    return run_forward(p, <const float*>NULL)

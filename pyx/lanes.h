@@ -1,0 +1,99 @@
+/* What every kernel header needs: the vector width of the instruction set this file is compiled for, and each
+ * header of the house once per real type. The headers below are templates: they name types MHA_REAL and
+ * functions MHA_NAME(function), which become function_f32 and function_f64.
+ */
+#ifndef MHA_LANES_H
+#define MHA_LANES_H
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifdef __FINITE_MATH_ONLY__
+#if __FINITE_MATH_ONLY__
+#error "minus infinity is a mask value here: build without -ffinite-math-only and -ffast-math"
+#endif
+#endif
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#define MHA_VECTOR_BYTES 64
+#define MHA_TILE_ROWS {0, 12, 12, 8, 6}
+#elif defined(__AVX__)
+#include <immintrin.h>
+#define MHA_VECTOR_BYTES 32
+#define MHA_TILE_ROWS {0, 8, 6, 4, 3}
+#elif defined(__aarch64__)
+#define MHA_VECTOR_BYTES 16
+#define MHA_TILE_ROWS {0, 12, 12, 8, 6}
+#else
+#define MHA_VECTOR_BYTES 16
+#define MHA_TILE_ROWS {0, 8, 6, 4, 3}
+#endif
+#define MHA_INLINE static inline __attribute__((always_inline, unused))
+#define MHA_FUNCTION static __attribute__((unused))
+
+/* How a value lies in memory; the same numbers as mha.params.STORAGE. */
+enum { MHA_FLOAT32, MHA_FLOAT64, MHA_FLOAT16, MHA_BFLOAT16, MHA_BOOL };
+
+#include "half.h"
+#include "philox.h"
+
+#define MHA_REAL float
+#define MHA_BITS int32_t
+#define MHA_IS_FLOAT 1
+#define MHA_NAME(name) name##_f32
+#include "vec.h"
+#include "storage.h"
+#include "tile.h"
+#include "mask.h"
+#include "online_softmax.h"
+#undef MHA_REAL
+#undef MHA_BITS
+#undef MHA_IS_FLOAT
+#undef MHA_NAME
+
+#define MHA_REAL double
+#define MHA_BITS int64_t
+#define MHA_IS_FLOAT 0
+#define MHA_NAME(name) name##_f64
+#include "vec.h"
+#include "storage.h"
+#include "tile.h"
+#include "mask.h"
+#include "online_softmax.h"
+#undef MHA_REAL
+#undef MHA_BITS
+#undef MHA_IS_FLOAT
+#undef MHA_NAME
+
+/* One name for both real types, chosen by the type of a pointer argument. */
+#define MHA_PICK(function, pointer)                                                                            \
+    _Generic((pointer), float *: function##_f32, const float *: function##_f32, double *: function##_f64,       \
+             const double *: function##_f64)
+#define tile_product(rows, vectors, k, a, ...) MHA_PICK(tile_product, a)(rows, vectors, k, a, __VA_ARGS__)
+#define tile_product_hiding(rows, vectors, k, a, ...) MHA_PICK(tile_product_hiding, a)(rows, vectors, k, a, __VA_ARGS__)
+#define softmax_absorb(keys, vectors, s, ...) MHA_PICK(softmax_absorb, s)(keys, vectors, s, __VA_ARGS__)
+#define scale_lanes(rows, vectors, x, factor) MHA_PICK(scale_lanes, x)(rows, vectors, x, factor)
+#define softmax_replay(keys, vectors, s, lse) MHA_PICK(softmax_replay, s)(keys, vectors, s, lse)
+#define softmax_replay_row(vectors, s, lse) MHA_PICK(softmax_replay_row, s)(vectors, s, lse)
+#define softmax_gradient(rows, vectors, p, ...) MHA_PICK(softmax_gradient, p)(rows, vectors, p, __VA_ARGS__)
+#define scale_scores(vectors, s, scale) MHA_PICK(scale_scores, s)(vectors, s, scale)
+#define softcap_scores(vectors, s, cap, slope) MHA_PICK(softcap_scores, s)(vectors, s, cap, slope)
+#define softcap_gradient(vectors, ds, slope) MHA_PICK(softcap_gradient, ds)(vectors, ds, slope)
+#define add_bias(vectors, s, bias, one_for_the_row) MHA_PICK(add_bias, s)(vectors, s, bias, one_for_the_row)
+#define hide_flagged(vectors, s, flag, hides) MHA_PICK(hide_flagged, s)(vectors, s, flag, hides)
+#define hide_key(vectors, s, j, low, high) MHA_PICK(hide_key, s)(vectors, s, j, low, high)
+#define hide_lanes(width, s, low, high) MHA_PICK(hide_lanes, s)(width, s, low, high)
+#define drop_lanes(width, x, ...) MHA_PICK(drop_lanes, x)(width, x, __VA_ARGS__)
+#define softmax_absorb_row(vectors, s, maximum, sum) MHA_PICK(softmax_absorb_row, s)(vectors, s, maximum, sum)
+#define tile_dots(count, columns, rows, ...) MHA_PICK(tile_dots, rows)(count, columns, rows, __VA_ARGS__)
+#define drop_factors(count, factor, ...) MHA_PICK(drop_factors, factor)(count, factor, __VA_ARGS__)
+#define multiply(count, out, x, y) MHA_PICK(multiply, out)(count, out, x, y)
+#define load_vector(storage, base, start, stride, count, out, out_stride) \
+    MHA_PICK(load_vector, out)(storage, base, start, stride, count, out, out_stride)
+#define store_vector(storage, base, start, stride, count, value, ...) \
+    MHA_PICK(store_vector, value)(storage, base, start, stride, count, value, __VA_ARGS__)
+#define all_finite(x, ...) MHA_PICK(all_finite, x)(x, __VA_ARGS__)
+
+#endif

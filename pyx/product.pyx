@@ -1,0 +1,199 @@
+"""Matrix products for the projections, on the register tiles and the threads of the attention kernels.
+
+A second thread pool beside ours would make both slow: alternating with a BLAS costs small layers a factor of 60.
+`right` is packed into panels once, in parallel; then every item computes a block of `out`. The sums over k are taken
+in blocks whose size depends on the problem only, each by one thread: equal bits for any number of threads.
+"""
+from cython.parallel cimport parallel, threadid
+from libc.stdint cimport int64_t
+from libc.string cimport memset
+from params cimport MatrixView, ProductParams, checked_product_params
+from tile cimport real, lanes, tile_product, load_vector, store_vector
+from storage cimport native_storage
+from schedule cimport (mha_schedule, schedule_start, schedule_take, schedule_finish, schedule_join, keep_going,
+                       wait_for_others, finished, carve)
+
+
+cdef struct ProductScratch:
+    char* left                      # a packed block of `left`: [row_block][k_block], or transposed
+    char* out                       # [panels][row_block][lanes]
+    char* bias                      # [lanes]
+
+
+cdef Py_ssize_t carve_product(const ProductParams* p, char* base, ProductScratch* scratch,
+                              const real* kind) noexcept nogil:
+    """Lays out one thread's scratch memory and returns its size."""
+    cdef char* cursor = base
+    cdef Py_ssize_t width = p.vectors * lanes(kind), size = sizeof(real)
+    scratch.left = carve(&cursor, p.row_block * p.k_block * size)
+    scratch.out = carve(&cursor, p.panels * p.row_block * width * size)
+    scratch.bias = carve(&cursor, width * size)
+    return cursor - base
+
+
+cdef inline int64_t matrix_row(const MatrixView* x, int64_t i) noexcept nogil:
+    return i // x.rows * x.row_outer + i % x.rows * x.row_inner
+
+
+cdef inline int64_t matrix_column(const MatrixView* x, int64_t j) noexcept nogil:
+    return j // x.columns * x.column_outer + j % x.columns * x.column_inner
+
+
+cdef void load_row(const MatrixView* x, int64_t i, int64_t j, int64_t count, real* out,
+                   Py_ssize_t out_stride) noexcept nogil:
+    """out[t * out_stride] = x[i][j + t], run by run where the columns are split."""
+    cdef int64_t start = matrix_row(x, i), done = 0, run
+    while done < count:
+        run = min(count - done, x.columns - (j + done) % x.columns)
+        load_vector(<int>x.storage, x.data, start + matrix_column(x, j + done), x.column_inner, run,
+                    out + done * out_stride, out_stride)
+        done += run
+
+
+cdef void load_column(const MatrixView* x, int64_t i, int64_t j, int64_t count, real* out,
+                      Py_ssize_t out_stride) noexcept nogil:
+    """out[t * out_stride] = x[i + t][j]"""
+    cdef int64_t start = matrix_column(x, j), done = 0, run
+    while done < count:
+        run = min(count - done, x.rows - (i + done) % x.rows)
+        load_vector(<int>x.storage, x.data, start + matrix_row(x, i + done), x.row_inner, run,
+                    out + done * out_stride, out_stride)
+        done += run
+
+
+cdef void store_row(const MatrixView* x, int64_t i, int64_t j, int64_t count, const real* value) noexcept nogil:
+    cdef int64_t start = matrix_row(x, i), done = 0, run
+    while done < count:
+        run = min(count - done, x.columns - (j + done) % x.columns)
+        store_vector(<int>x.storage, x.data, start + matrix_column(x, j + done), x.column_inner, run, value + done, 1,
+                     1)
+        done += run
+
+
+cdef void pack_panel(const ProductParams* p, int64_t panel, const real* kind) noexcept nogil:
+    """packed[panel][k][lanes] = right, spare lanes zeros; along whichever axis is contiguous in memory."""
+    cdef int64_t width = p.vectors * lanes(kind), first = panel * width, count = min(width, p.n - first), t
+    cdef real* out = <real*>p.packed + panel * p.k * width
+    if count < width:
+        memset(out, 0, p.k * width * sizeof(real))
+    if p.right.column_inner == 1 or p.right.row_inner != 1:
+        for t in range(p.k):
+            load_row(&p.right, t, first, count, out + t * width, 1)
+    else:
+        for t in range(count):
+            load_column(&p.right, 0, first + t, p.k, out + t, width)
+
+
+cdef const real* left_block(const ProductParams* p, ProductScratch* scratch, int64_t i, int64_t rows, int64_t k,
+                            int64_t count, Py_ssize_t* row, Py_ssize_t* column, const real* kind) noexcept nogil:
+    """left[i : i + rows][k : k + count]: where it lies if two strides describe it, else packed."""
+    cdef const MatrixView* x = &p.left
+    cdef real* out = <real*>scratch.left
+    cdef int64_t t
+    if (x.storage == native_storage(kind) and i // x.rows == (i + rows - 1) // x.rows
+            and k // x.columns == (k + count - 1) // x.columns and x.column_inner == 1):
+        row[0] = x.row_inner
+        column[0] = 1
+        return <const real*>x.data + matrix_row(x, i) + matrix_column(x, k)
+    if x.column_inner == 1 or x.row_inner != 1:
+        row[0] = count
+        column[0] = 1
+        for t in range(rows):
+            load_row(x, i + t, k, count, out + t * count, 1)
+    else:
+        row[0] = 1
+        column[0] = rows
+        for t in range(count):
+            load_column(x, i, k + t, rows, out + t * rows, 1)
+    return out
+
+
+cdef void product_item(const ProductParams* p, ProductScratch* scratch, int64_t i, int64_t first_panel,
+                       mha_schedule* schedule, int thread, const real* kind) noexcept nogil:
+    """out[i : i + row_block][the item's panels]"""
+    cdef int64_t width = p.vectors * lanes(kind), rows = min(p.row_block, p.m - i), k = 0, count, panel, t, columns
+    cdef int64_t last = min(first_panel + p.panels, (p.n + width - 1) // width)
+    cdef Py_ssize_t row = 0, column = 0, stride, vectors
+    cdef real* out = <real*>scratch.out
+    cdef real* bias = <real*>scratch.bias
+    cdef const real* left
+    cdef const real* right
+    while k < p.k:
+        if not keep_going(schedule, thread):
+            return
+        count = min(p.k_block, p.k - k)
+        left = left_block(p, scratch, i, rows, k, count, &row, &column, kind)
+        for panel in range(first_panel, last):
+            vectors = (min(width, p.n - panel * width) + lanes(kind) - 1) // lanes(kind)
+            if p.in_place:
+                right = <const real*>p.right.data + k * p.right.row_inner + panel * width
+                stride = p.right.row_inner
+            else:
+                right = <const real*>p.packed + (panel * p.k + k) * width
+                stride = width
+            tile_product(rows, vectors, count, left, row, column, right, stride,
+                         out + (panel - first_panel) * p.row_block * width, width, k > 0)
+        k += count
+    for panel in range(first_panel, last):
+        columns = min(width, p.n - panel * width)
+        out = <real*>scratch.out + (panel - first_panel) * p.row_block * width
+        if p.k == 0:
+            memset(out, 0, rows * width * sizeof(real))
+        if p.bias != NULL:
+            load_vector(<int>p.right.storage, p.bias, panel * width, 1, columns, bias, 1)
+        for t in range(rows):
+            if p.bias != NULL:
+                for k in range(columns):
+                    out[t * width + k] += bias[k]
+            store_row(&p.out, i + t, panel * width, columns, out + t * width)
+
+
+cdef void product_worker(const ProductParams* p, bint packing, mha_schedule* schedule, int thread,
+                         const real* kind) noexcept nogil:
+    cdef ProductScratch scratch
+    cdef int64_t item, width = p.vectors * lanes(kind), groups
+    groups = ((p.n + width - 1) // width + p.panels - 1) // p.panels
+    schedule_join(schedule)
+    carve_product(p, p.scratch + thread * p.scratch_bytes, &scratch, kind)
+    while True:
+        item = schedule_take(schedule)
+        if item < 0 or not keep_going(schedule, thread):
+            break
+        if packing:
+            pack_panel(p, item, kind)
+        else:
+            product_item(p, &scratch, item // groups * p.row_block, item % groups * p.panels, schedule, thread, kind)
+        schedule_finish(schedule)
+    wait_for_others(schedule, thread)
+
+
+cdef int run_product(const ProductParams* p, const real* kind) except -1:
+    cdef mha_schedule packing, schedule
+    cdef int64_t width = p.vectors * lanes(kind), panels = (p.n + width - 1) // width
+    if not p.in_place:
+        schedule_start(&packing, panels, <int>p.main_thread)
+        with nogil, parallel(num_threads=<int>p.threads):
+            product_worker(p, True, &packing, threadid(), kind)
+        finished(&packing)
+    schedule_start(&schedule, (p.m + p.row_block - 1) // p.row_block * ((panels + p.panels - 1) // p.panels),
+                   <int>p.main_thread)
+    with nogil, parallel(num_threads=<int>p.threads):
+        product_worker(p, False, &schedule, threadid(), kind)
+    return finished(&schedule)
+
+
+def product_scratch(const unsigned char[::1] params, bint double_precision):
+    """Bytes of scratch memory that one thread needs."""
+    cdef ProductScratch scratch
+    cdef const ProductParams* p = checked_product_params(params)
+    if double_precision:
+        return carve_product(p, NULL, &scratch, <const double*>NULL)
+    return carve_product(p, NULL, &scratch, <const float*>NULL)
+
+
+def product(const unsigned char[::1] params, bint double_precision):
+    """Writes out = left @ right + bias; returns the size of the team of threads."""
+    cdef const ProductParams* p = checked_product_params(params)
+    if double_precision:
+        return run_product(p, <const double*>NULL)
+    return run_product(p, <const float*>NULL)

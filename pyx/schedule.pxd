@@ -1,0 +1,47 @@
+"""Work items, handed to the team of threads one by one. See schedule.h."""
+from libc.stdint cimport int64_t
+from cpython.exc cimport PyErr_CheckSignals, PyErr_Occurred
+
+cdef extern from "schedule.h" nogil:
+    ctypedef struct mha_schedule:
+        int team
+        int stopped
+    void schedule_start(mha_schedule* schedule, int64_t total, int look_for_signals)
+    int schedule_stopped(const mha_schedule* schedule)
+    void schedule_stop(mha_schedule* schedule)
+    void schedule_join(mha_schedule* schedule)
+    int64_t schedule_take(mha_schedule* schedule)
+    void schedule_finish(mha_schedule* schedule)
+    int schedule_due(mha_schedule* schedule)
+    int schedule_wait(mha_schedule* schedule)
+
+
+cdef inline bint keep_going(mha_schedule* schedule, int thread) noexcept nogil:
+    """Asked between blocks; the calling thread, number 0, answers Ctrl-C here."""
+    if thread == 0 and schedule_due(schedule):
+        with gil:
+            if PyErr_CheckSignals() != 0:       # the exception stays set: the entry function raises it
+                schedule_stop(schedule)
+    return not schedule_stopped(schedule)
+
+
+cdef inline void wait_for_others(mha_schedule* schedule, int thread) noexcept nogil:
+    """Keeps the calling thread answering Ctrl-C while others still compute."""
+    if thread == 0:
+        while schedule_wait(schedule):
+            if not keep_going(schedule, thread):
+                return
+
+
+cdef inline char* carve(char** cursor, Py_ssize_t size) noexcept nogil:
+    """The next `size` bytes of a thread's scratch memory, on a cache line of their own."""
+    cdef char* taken = cursor[0]
+    cursor[0] = taken + (size + 63) // 64 * 64
+    return taken
+
+
+cdef inline int finished(const mha_schedule* schedule) except -1:
+    """The size of the team; raises what a signal handler raised."""
+    if schedule_stopped(schedule) and PyErr_Occurred():
+        return -1
+    return schedule.team

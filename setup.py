@@ -1,0 +1,106 @@
+"""Builds the CPU kernels: one extension module per instruction-set level, all from the sources in `pyx/`.
+
+All metadata is in pyproject.toml. `MHA_BUILD_LEVELS=avx2,baseline` limits the levels; `MHA_DEBUG=1` builds with
+bounds checks and symbols.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+from pathlib import Path
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+DEBUG = os.environ.get("MHA_DEBUG", "0") == "1"
+
+# level -> compiler flags; the level names are those of mha.cpu.load
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512cd", "-mprefer-vector-width=512"]
+X86_LEVELS = {"baseline": [], "avx2": [*AVX2, "-mtune=haswell"], "avx512": [*AVX2, *AVX512, "-mtune=skylake-avx512"]}
+LEVELS = X86_LEVELS if platform.machine().lower() in ("x86_64", "amd64") else {"baseline": []}
+
+# Comparisons must vectorise (no errno, no traps); sums keep their order, so no flag that reassociates.
+FLAGS = ["-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-unused-function"]
+FLAGS += ["-O1", "-g"] if DEBUG else ["-O3", "-g0"]
+
+DIRECTIVES = {
+    "language_level": 3,
+    "boundscheck": DEBUG,
+    "wraparound": False,
+    "cdivision": True,
+    "initializedcheck": False,
+    "freethreading_compatible": True,
+}
+
+KERNELS = [
+    "attention_forward",
+    "attention_backward",
+    "attention_backward_query",
+    "attention_delta",
+    "attention_weights",
+    "attention_decode",
+    "product",
+    "output_dropout",
+]
+
+
+class BuildKernels(build_ext):
+    """Adds OpenMP where the compiler has it; without it the same sources make a serial build."""
+
+    def build_extensions(self) -> None:
+        program = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n"
+        flags = ["-fopenmp"] if self._compiles(["-fopenmp"], program) else []
+        for extension in self.extensions:
+            extension.extra_compile_args += flags
+            extension.extra_link_args += flags
+        super().build_extensions()
+
+    def _compiles(self, flags: list[str], source: str) -> bool:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "probe.c"
+            path.write_text(source)
+            try:
+                objects = self.compiler.compile([str(path)], output_dir=folder, extra_postargs=flags)
+                self.compiler.link_executable(objects, "probe", output_dir=folder, extra_postargs=flags)
+            except Exception:  # whatever the compiler's class calls its failure
+                return False
+        return True
+
+
+def kernel_extension(level: str, flags: list[str]) -> Extension:
+    """The module of one level: a stub, written into the build folder, that includes every kernel."""
+    stub = ROOT / "build" / "stubs" / f"_kernels_{level}.pyx"
+    text = f'"""CPU kernels compiled for the level {level}."""\n'
+    text += "from tile cimport MHA_VECTOR_BYTES\n\nVECTOR_BYTES = MHA_VECTOR_BYTES\n\n"
+    text += "".join(f'include "{name}.pyx"\n' for name in KERNELS)
+    stub.parent.mkdir(parents=True, exist_ok=True)
+    if not stub.exists() or stub.read_text() != text:
+        stub.write_text(text)
+    return _extension(f"mha.cpu._kernels_{level}", stub, flags)
+
+
+def _extension(name: str, source: Path, flags: list[str]) -> Extension:
+    headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "pyx").glob("*.h"))
+    return Extension(
+        name,
+        [str(source.relative_to(ROOT))],
+        include_dirs=["pyx"],
+        depends=headers,
+        extra_compile_args=[*FLAGS, *flags],
+        extra_link_args=[],
+    )
+
+
+os.chdir(ROOT)
+wanted = os.environ.get("MHA_BUILD_LEVELS", ",".join(LEVELS)).split(",")
+extensions = [kernel_extension(level, LEVELS[level]) for level in wanted]
+extensions.append(_extension("mha.cpu._runtime", ROOT / "pyx" / "runtime.pyx", []))
+setup(
+    ext_modules=cythonize(extensions, include_path=["pyx"], compiler_directives=DIRECTIVES, annotate=False),
+    cmdclass={"build_ext": BuildKernels},
+)
