@@ -19,6 +19,7 @@ SIZES = ("batch", "heads", "kv_heads", "queries", "keys", "head_dim", "v_head_di
 VIEWS = ("query", "key", "value", "output", "grad_output", "grad_query", "grad_key", "grad_value", "grad_weights",
          "target", "pair_keep", "pair_bias")  # fmt: skip
 SCALES = ("operand_scale", "score_scale", "softcap")
+ROWS = ("lse", "row_scale", "delta")
 MASKS = ("left", "right", "offset", "row_low", "row_high", "key_lengths", "query_lengths", "key_keep", "key_bias",
          "pair_hides")  # fmt: skip
 DROPOUT = ("dropout", "threshold", "seed", "dropout_offset", "total_heads", "batch_start", "head_start", "query_start",
@@ -32,7 +33,7 @@ ATTENTION_PARAMS = np.dtype(
     [(name, np.int64) for name in SIZES]
     + [(name, np.float64) for name in SCALES]
     + [(name, VIEW) for name in VIEWS]
-    + [("lse", np.int64), ("delta", np.int64)]
+    + [(name, np.int64) for name in ROWS]
     + [(name, np.float64 if name in DOUBLES else np.int64) for name in MASKS + DROPOUT + PLAN]
 )
 

@@ -126,7 +126,8 @@ cdef void backward_block(const AttentionParams* p, BackwardScratch* scratch, Py_
                  <const real*>scratch.key, width, probability, width, 0)
     cdef bint partial = mask_query_scores(p, panel, head, i, count, probability, <real*>scratch.spare, slope)
     for t in range(count):
-        softmax_replay_row(vectors, probability + t * width, lse[t] if lse[t] != <real>(-INFINITY) else INFINITY)
+        softmax_replay_row(vectors, probability + t * width, lse[t] if lse[t] != <real>(-INFINITY) else INFINITY,
+                           (<const real*>p.row_scale)[lse + t - <const real*>p.lse] if p.row_scale != NULL else 1)
     tile_product(count, vectors, p.v_head_dim, <const real*>grad_output.data, grad_output.row, grad_output.column,
                  <const real*>scratch.value, width, gradient, width, 0)
     if p.grad_weights.data != NULL:

@@ -20,6 +20,7 @@ cdef struct QueryScratch:
     char* grad_output               # [Dv][lanes]
     char* grad_query                # [D][lanes]
     char* lse
+    char* row_scale
     char* delta
     char* probability               # [key_block][lanes], and so are the next three
     char* gradient
@@ -39,6 +40,7 @@ cdef Py_ssize_t carve_query(const AttentionParams* p, char* base, QueryScratch* 
     scratch.grad_output = carve(&cursor, p.v_head_dim * width * size)
     scratch.grad_query = carve(&cursor, p.head_dim * width * size)
     scratch.lse = carve(&cursor, width * size)
+    scratch.row_scale = carve(&cursor, width * size)
     scratch.delta = carve(&cursor, width * size)
     scratch.probability = carve(&cursor, tile)
     scratch.gradient = carve(&cursor, tile)
@@ -63,6 +65,7 @@ cdef void load_query_panel(const AttentionParams* p, QueryScratch* scratch, bint
     for q in range(panel.width):
         row = (panel.sample * p.heads + panel.head[q]) * p.queries + panel.query[q]
         lse[q] = (<const real*>p.lse)[row]
+        (<real*>scratch.row_scale)[q] = (<const real*>p.row_scale)[row] if p.row_scale != NULL else 1
         if gradients:
             delta[q] = (<const real*>p.delta)[row]
         if lse[q] == <real>(-INFINITY):
@@ -81,7 +84,8 @@ cdef bint score_gradients(const AttentionParams* p, QueryScratch* scratch, int64
     tile_product(count, panel.vectors, p.head_dim, <const real*>key.data, key.row, key.column,
                  <const real*>scratch.query, width, probability, width, 0)
     cdef bint partial = mask_scores(p, panel, j, count, probability, spare, slope)
-    softmax_replay(count, panel.vectors, probability, <const real*>scratch.lse)
+    softmax_replay(count, panel.vectors, probability, <const real*>scratch.lse,
+                   <const real*>scratch.row_scale if p.row_scale != NULL else NULL)
     tile_product(count, panel.vectors, p.v_head_dim, <const real*>value.data, value.row, value.column,
                  <const real*>scratch.grad_output, width, gradient, width, 0)
     if p.grad_weights.data != NULL:

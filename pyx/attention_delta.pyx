@@ -1,29 +1,41 @@
 """delta = rowsum(grad_output * output), the row term of the softmax backward."""
 from cython.parallel cimport parallel, threadid
 from libc.stdint cimport int64_t
+from libc.string cimport memset
 from params cimport AttentionParams, checked_params
-from tile cimport real, load_vector
+from tile cimport real, lanes, load_vector, tile_lane_dots, MHA_VECTOR_BYTES
 from storage cimport element
 from schedule cimport (mha_schedule, schedule_start, schedule_take, schedule_finish, schedule_join, keep_going,
                        wait_for_others, finished, carve)
 
 
+cdef enum:
+    DELTA_VECTORS = 4
+
+
 cdef void delta_rows(const AttentionParams* p, Py_ssize_t n, Py_ssize_t head, char* base, const real* kind) noexcept nogil:
+    """One head, lanes are its queries."""
     cdef char* cursor = base
-    cdef real* output = <real*>carve(&cursor, p.v_head_dim * sizeof(real))
-    cdef real* grad = <real*>carve(&cursor, p.v_head_dim * sizeof(real))
+    cdef Py_ssize_t width = DELTA_VECTORS * lanes(kind), size = p.v_head_dim * width * sizeof(real)
+    cdef real* output = <real*>carve(&cursor, size)
+    cdef real* grad = <real*>carve(&cursor, size)
+    cdef real* sum = <real*>carve(&cursor, width * sizeof(real))
     cdef real* delta = <real*>p.delta + (n * p.heads + head) * p.queries
-    cdef int64_t i, d
-    cdef real sum
-    for i in range(p.queries):
-        load_vector(<int>p.output.storage, p.output.data, element(&p.output, n, head, i), p.output.column, p.v_head_dim,
-                    output, 1)
-        load_vector(<int>p.grad_output.storage, p.grad_output.data, element(&p.grad_output, n, head, i),
-                    p.grad_output.column, p.v_head_dim, grad, 1)
-        sum = 0
-        for d in range(p.v_head_dim):
-            sum += output[d] * grad[d]
-        delta[i] = sum
+    cdef int64_t first = 0, count, q
+    while first < p.queries:
+        count = min(width, p.queries - first)
+        if count < width:
+            memset(output, 0, size)
+            memset(grad, 0, size)
+        for q in range(count):
+            load_vector(<int>p.output.storage, p.output.data, element(&p.output, n, head, first + q), p.output.column,
+                        p.v_head_dim, output + q, width)
+            load_vector(<int>p.grad_output.storage, p.grad_output.data, element(&p.grad_output, n, head, first + q),
+                        p.grad_output.column, p.v_head_dim, grad + q, width)
+        tile_lane_dots(p.v_head_dim, DELTA_VECTORS, output, grad, sum)
+        for q in range(count):
+            delta[first + q] = sum[q]
+        first += count
 
 
 cdef void delta_worker(const AttentionParams* p, mha_schedule* schedule, int thread, const real* kind) noexcept nogil:
@@ -50,8 +62,9 @@ def attention_delta_scratch(const unsigned char[::1] params, bint double_precisi
     """Bytes of scratch memory that one thread needs."""
     cdef char* cursor = NULL
     cdef const AttentionParams* p = checked_params(params)
-    carve(&cursor, p.v_head_dim * (8 if double_precision else 4))
-    carve(&cursor, p.v_head_dim * (8 if double_precision else 4))
+    carve(&cursor, p.v_head_dim * DELTA_VECTORS * MHA_VECTOR_BYTES)
+    carve(&cursor, p.v_head_dim * DELTA_VECTORS * MHA_VECTOR_BYTES)
+    carve(&cursor, DELTA_VECTORS * MHA_VECTOR_BYTES)
     return <Py_ssize_t>cursor
 
 

@@ -1,8 +1,9 @@
 """What needs the probabilities themselves, recomputed tile by tile from the log-sum-exp.
 
-Four modes: the weights written per head; averaged over the heads in (N, L, S) memory; the gradient of an additive
-mask, summed over the axes that the mask broadcasts; and the share that a gradient of the returned weights has in
-delta. An item owns its part of the target and sums in a fixed order.
+Five modes: the weights written per head; averaged over the heads in (N, L, S) memory; the gradient of an additive
+mask, summed over the axes that the mask broadcasts; the share that a gradient of the returned weights has in
+delta; and a correction for rows whose scores are so large that the log-sum-exp cannot hold the sum beside the maximum
+(finite minima as mask values). An item owns its part of the target and sums in a fixed order.
 """
 from cython.parallel cimport parallel, threadid
 from libc.stdint cimport int64_t
@@ -19,6 +20,7 @@ cdef enum:
     MODE_AVERAGE = 1                # target (N, 1, L, T)
     MODE_MASK_GRADIENT = 2          # target (1 | N, 1 | H, 1 | L, S)
     MODE_DELTA = 3                  # delta += rowsum(weights * grad_weights)
+    MODE_ROW_SCALE = 4              # row_scale = 1 / rowsum(exp(score - lse))
     KEY_CHUNK = 256                 # keys of the target that an item owns
 
 
@@ -45,8 +47,9 @@ cdef void weights_tile(const AttentionParams* p, WeightsScratch* scratch, int64_
     tile_product(count, panel.vectors, p.head_dim, <const real*>key.data, key.row, key.column,
                  <const real*>scratch.rows.query, panel.width, probability, panel.width, 0)
     mask_scores(p, panel, j, count, probability, <real*>scratch.rows.spare, <real*>NULL)
-    softmax_replay(count, panel.vectors, probability, <const real*>scratch.rows.lse)
-    if p.dropout:
+    softmax_replay(count, panel.vectors, probability, <const real*>scratch.rows.lse,
+                   <const real*>scratch.rows.row_scale if p.row_scale != NULL and p.mode != MODE_ROW_SCALE else NULL)
+    if p.dropout and p.mode != MODE_ROW_SCALE:
         drop_scores(p, panel, j, count, probability)
 
 
@@ -130,12 +133,12 @@ cdef void weights_item(const AttentionParams* p, WeightsScratch* scratch, int64_
     store_sum(p, scratch, tn, th, first, rows, width, start, stop - start, kind)
 
 
-cdef void delta_item(const AttentionParams* p, WeightsScratch* scratch, int64_t item, mha_schedule* schedule,
-                     int thread, const real* kind) noexcept nogil:
-    """delta += rowsum(weights * grad_weights) for one panel of queries."""
+cdef void row_item(const AttentionParams* p, WeightsScratch* scratch, int64_t item, mha_schedule* schedule,
+                   int thread, const real* kind) noexcept nogil:
+    """MODE_DELTA and MODE_ROW_SCALE for one panel of queries."""
     cdef Panel* panel = &scratch.rows.panel
     cdef int64_t width = p.vectors * lanes(kind), blocks = (p.queries + width - 1) // width, j = 0, count = 0, t
-    cdef int64_t i = item % blocks * width, head = item // blocks % p.heads, n = item // blocks // p.heads
+    cdef int64_t i = item % blocks * width, head = item // blocks % p.heads, n = item // blocks // p.heads, row
     cdef Py_ssize_t group = p.heads // p.kv_heads, q
     cdef real* sum = <real*>scratch.sum
     cdef real* tile = <real*>scratch.rows.probability
@@ -148,14 +151,19 @@ cdef void delta_item(const AttentionParams* p, WeightsScratch* scratch, int64_t 
         if j < 0 or not keep_going(schedule, thread):
             break
         weights_tile(p, scratch, j, count, kind)
-        load_pairs(&p.grad_weights, panel, j, count, grad)
+        if p.mode == MODE_DELTA:
+            load_pairs(&p.grad_weights, panel, j, count, grad)
         for t in range(count):
             for q in range(panel.width):
                 if tile[t * panel.width + q] != 0:
-                    sum[q] += tile[t * panel.width + q] * grad[t * panel.width + q]
+                    sum[q] += tile[t * panel.width + q] * (grad[t * panel.width + q] if p.mode == MODE_DELTA else 1)
         j += count
     for q in range(panel.rows):
-        (<real*>p.delta)[(n * p.heads + head) * p.queries + i + q] += sum[q] * <real>p.grad_weights_scale
+        row = (n * p.heads + head) * p.queries + i + q
+        if p.mode == MODE_DELTA:
+            (<real*>p.delta)[row] += sum[q] * <real>p.grad_weights_scale
+        else:
+            (<real*>p.row_scale)[row] = 1 / sum[q] if sum[q] != 0 else 0
 
 
 cdef void weights_worker(const AttentionParams* p, mha_schedule* schedule, int thread, const real* kind) noexcept nogil:
@@ -167,8 +175,8 @@ cdef void weights_worker(const AttentionParams* p, mha_schedule* schedule, int t
         item = schedule_take(schedule)
         if item < 0 or not keep_going(schedule, thread):
             break
-        if p.mode == MODE_DELTA:
-            delta_item(p, &scratch, item, schedule, thread, kind)
+        if p.mode >= MODE_DELTA:
+            row_item(p, &scratch, item, schedule, thread, kind)
         else:
             weights_item(p, &scratch, item, schedule, thread, kind)
         schedule_finish(schedule)
@@ -178,7 +186,7 @@ cdef void weights_worker(const AttentionParams* p, mha_schedule* schedule, int t
 cdef int run_weights(const AttentionParams* p, const real* kind) except -1:
     cdef mha_schedule schedule
     cdef int64_t width = p.vectors * lanes(kind), chunks = (p.target_keys + KEY_CHUNK - 1) // KEY_CHUNK, total
-    if p.mode == MODE_DELTA:
+    if p.mode >= MODE_DELTA:
         total = p.batch * p.heads * ((p.queries + width - 1) // width)
     else:
         total = p.target_batch * p.target_heads * ((p.target_rows + width - 1) // width) * chunks

@@ -75,8 +75,8 @@ enum { MHA_FLOAT32, MHA_FLOAT64, MHA_FLOAT16, MHA_BFLOAT16, MHA_BOOL };
 #define tile_product_hiding(rows, vectors, k, a, ...) MHA_PICK(tile_product_hiding, a)(rows, vectors, k, a, __VA_ARGS__)
 #define softmax_absorb(keys, vectors, s, ...) MHA_PICK(softmax_absorb, s)(keys, vectors, s, __VA_ARGS__)
 #define scale_lanes(rows, vectors, x, factor) MHA_PICK(scale_lanes, x)(rows, vectors, x, factor)
-#define softmax_replay(keys, vectors, s, lse) MHA_PICK(softmax_replay, s)(keys, vectors, s, lse)
-#define softmax_replay_row(vectors, s, lse) MHA_PICK(softmax_replay_row, s)(vectors, s, lse)
+#define softmax_replay(keys, vectors, s, ...) MHA_PICK(softmax_replay, s)(keys, vectors, s, __VA_ARGS__)
+#define softmax_replay_row(vectors, s, ...) MHA_PICK(softmax_replay_row, s)(vectors, s, __VA_ARGS__)
 #define softmax_gradient(rows, vectors, p, ...) MHA_PICK(softmax_gradient, p)(rows, vectors, p, __VA_ARGS__)
 #define scale_scores(vectors, s, scale) MHA_PICK(scale_scores, s)(vectors, s, scale)
 #define softcap_scores(vectors, s, cap, slope) MHA_PICK(softcap_scores, s)(vectors, s, cap, slope)
@@ -88,6 +88,7 @@ enum { MHA_FLOAT32, MHA_FLOAT64, MHA_FLOAT16, MHA_BFLOAT16, MHA_BOOL };
 #define drop_lanes(width, x, ...) MHA_PICK(drop_lanes, x)(width, x, __VA_ARGS__)
 #define softmax_absorb_row(vectors, s, maximum, sum) MHA_PICK(softmax_absorb_row, s)(vectors, s, maximum, sum)
 #define tile_dots(count, columns, rows, ...) MHA_PICK(tile_dots, rows)(count, columns, rows, __VA_ARGS__)
+#define tile_lane_dots(columns, vectors, x, y, out) MHA_PICK(tile_lane_dots, x)(columns, vectors, x, y, out)
 #define drop_factors(count, factor, ...) MHA_PICK(drop_factors, factor)(count, factor, __VA_ARGS__)
 #define multiply(count, out, x, y) MHA_PICK(multiply, out)(count, out, x, y)
 #define load_vector(storage, base, start, stride, count, out, out_stride) \

@@ -110,6 +110,19 @@ MHA_FUNCTION void MHA_NAME(tile_dots)(ptrdiff_t count, ptrdiff_t columns, const 
     }
 }
 
+/* out[lanes] = sum over d of x[d][lanes] * y[d][lanes], in the order and with the rounding of tile_product: where one
+ * key takes all the weight, delta equals that key's gradient to the bit, and their difference is the exact 0. */
+MHA_FUNCTION void MHA_NAME(tile_lane_dots)(ptrdiff_t columns, ptrdiff_t vectors, const MHA_REAL *x, const MHA_REAL *y,
+                                           MHA_REAL *out)
+{
+    for (ptrdiff_t v = 0; v < vectors; v++) {
+        VECTOR sum = {0};
+        for (ptrdiff_t d = 0; d < columns; d++)
+            sum += *(const VECTOR *)(x + (d * vectors + v) * LANES) * *(const VECTOR *)(y + (d * vectors + v) * LANES);
+        *(VECTOR *)(out + v * LANES) = sum;
+    }
+}
+
 /* The same product, leaving out every term whose probability is exactly 0, so that an infinity or NaN behind a
  * hidden pair cannot leak as 0 * inf. For blocks that hold both hidden pairs and non-finite values; slow.
  * `b_is_probability` says which factor the probability is. */

@@ -22,14 +22,15 @@ cdef extern from "lanes.h" nogil:
                              Py_ssize_t a_k, const void* b, Py_ssize_t ldb, void* c, Py_ssize_t ldc,
                              int b_is_probability)
     void tile_dots(Py_ssize_t count, Py_ssize_t columns, const void* rows, Py_ssize_t row, const void* x, void* out)
+    void tile_lane_dots(Py_ssize_t columns, Py_ssize_t vectors, const void* x, const void* y, void* out)
     # online_softmax.h
     double softmax_absorb_row(Py_ssize_t vectors, void* s, void* maximum, void* sum)
     float exp_one_f32(float x)
     double exp_one_f64(double x)
     int softmax_absorb(Py_ssize_t keys, Py_ssize_t vectors, void* s, void* maximum, void* sum, void* rescale)
     void scale_lanes(Py_ssize_t rows, Py_ssize_t vectors, void* x, const void* factor)
-    void softmax_replay(Py_ssize_t keys, Py_ssize_t vectors, void* s, const void* lse)
-    void softmax_replay_row(Py_ssize_t vectors, void* s, double lse)
+    void softmax_replay(Py_ssize_t keys, Py_ssize_t vectors, void* s, const void* lse, const void* scale)
+    void softmax_replay_row(Py_ssize_t vectors, void* s, double lse, double scale)
     void softmax_gradient(Py_ssize_t rows, Py_ssize_t vectors, const void* p, void* dp, const void* delta,
                           int delta_is_per_row)
     # mask.h

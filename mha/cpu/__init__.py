@@ -19,7 +19,7 @@ Array = NDArray[Any]
 NAME = "cpu"
 
 #: The modes of the kernel attention_weights.
-_WEIGHTS, _AVERAGE, _MASK_GRADIENT, _DELTA = range(4)
+_WEIGHTS, _AVERAGE, _MASK_GRADIENT, _DELTA, _ROW_SCALE = range(5)
 
 
 def unsupported_reasons(problem: AttentionProblem) -> list[str]:
@@ -65,7 +65,7 @@ def attention_weights(problem: AttentionProblem, lse: Array, average: bool) -> A
     if not weights.size or not p.heads:
         return weights[..., 0, :, :] if average else weights
     block = launch.attention(p)
-    block.pointer("lse", lse)
+    _statistics(block, p, lse)
     block.view("target", weights, p.batch_shape)
     block.set(mode=_AVERAGE if average else _WEIGHTS, target_batch=p.batch, target_heads=heads)
     block.set(target_rows=p.queries, target_keys=p.keys)
@@ -99,7 +99,7 @@ def attention_backward(
         return zeros[0], zeros[1], zeros[2], [np.zeros(shape, p.computing) for shape in mask_shapes]
     block = launch.attention(p)
     delta = np.empty((*p.batch_shape, p.heads, p.queries), p.computing)
-    block.pointer("lse", np.ascontiguousarray(lse, p.computing))
+    _statistics(block, p, lse)
     block.pointer("delta", delta)
     block.view("output", output, p.batch_shape)
     block.view("grad_output", grad_output, p.batch_shape)
@@ -119,6 +119,19 @@ def attention_backward(
         _run(block, plan)
     grad_query, grad_key, grad_value = gradients
     return grad_query, grad_key, grad_value, [_mask_gradient(block, p, shape) for shape in mask_shapes]
+
+
+def _statistics(block: launch.Launch, problem: AttentionProblem, lse: Array) -> None:
+    """What turns a score back into a probability: the log-sum-exp, and a factor for rows it is too coarse for.
+
+    Beside a maximum of 2**24, or 2**53 in float64, the logarithm of the sum is lost to rounding.
+    """
+    block.pointer("lse", np.ascontiguousarray(lse, problem.computing))
+    coarse = 0.25 / np.finfo(problem.computing).eps
+    if ((np.abs(lse) > coarse) & np.isfinite(lse)).any():
+        block.pointer("row_scale", np.empty(lse.shape, problem.computing))
+        block.set(mode=_ROW_SCALE)
+        _run_rows(block, problem)
 
 
 def _mask_gradient(block: launch.Launch, problem: AttentionProblem, shape: tuple[int, int, int, int]) -> Array:
