@@ -12,7 +12,7 @@ from mha import masks
 from mha.dispatch import backend_for
 from mha.mask_checks import Window
 from mha.optional import array_module
-from mha.problem import AttentionProblem, Dropout, checked_probability, usable
+from mha.problem import AttentionProblem, Dropout, checked_probability, shapes_of, usable
 from mha.projection import sum_to_shape
 from mha.random import DropoutState, next_state
 
@@ -183,11 +183,11 @@ def _problem(
     key_lengths: Any, query_lengths: Any, dropout_state: tuple[int, int] | None,
 ) -> AttentionProblem:  # fmt: skip
     xp = array_module(query, key, value)
-    shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
     if min(query.ndim, key.ndim, value.ndim) < 2:
+        shapes = shapes_of(query=query, key=key, value=value)
         raise ValueError(f"{shapes}: each needs at least two axes, (length, head size). Add them with x[None].")
     q, k, v = (x[(None,) * (3 - x.ndim)] if x.ndim < 3 else x for x in (query, key, value))
-    q, k, v = _matching_heads(q, k, v, enable_gqa, shapes, xp)
+    q, k, v = _matching_heads(q, k, v, enable_gqa, xp)
     # The shapes are checked by the problem, so the mask's builder must not meet shapes that do not fit.
     problem = AttentionProblem.build(
         q, k, v, masks.MaskSpec(), scale, softcap, _dropout(checked_probability("dropout_p", dropout_p), dropout_state)
@@ -201,10 +201,13 @@ def _problem(
 
 
 def _matching_heads(
-    query: Array, key: Array, value: Array, enable_gqa: bool, shapes: str, xp: Any
+    query: Array, key: Array, value: Array, enable_gqa: bool, xp: Any
 ) -> tuple[Array, Array, Array]:
     """Key and value with one head count, a divisor of the query's: heads broadcast, or are grouped on request."""
     counts = [x.shape[-3] for x in (query, key, value)]
+    if counts[0] == counts[1] == counts[2]:
+        return query, key, value
+    shapes = shapes_of(query=query, key=key, value=value)
     heads = counts[0] if enable_gqa or counts[0] != 1 else max(counts, default=1)
     if any(count not in (1, heads) for count in counts[1:]) and not enable_gqa:
         raise ValueError(

@@ -13,7 +13,7 @@ from mha.dispatch import backend_for, backend_of
 from mha.matrix import heads_of, rows_of
 from mha.optional import array_module
 from mha.packing import PackedLayout
-from mha.problem import AttentionProblem, Dropout, check_dtypes, checked_probability, usable
+from mha.problem import AttentionProblem, Dropout, check_dtypes, checked_probability, shapes_of, usable
 from mha.projection import linear_gradients, project_heads, project_output, sum_over_heads
 from mha.random import DropoutState, next_state
 
@@ -165,19 +165,22 @@ def backward(
 def _check_inputs(given: dict[str, Array], embed_dim: int) -> bool:
     """Shapes of query, key and value; returns whether they have a batch axis."""
     query, key, value = given.values()
-    shapes = ", ".join(f"{name} {x.shape}" for name, x in given.items())
+    if (
+        query.ndim == key.ndim == value.ndim in (2, 3)
+        and query.shape[-1] == embed_dim
+        and key.shape[:-1] == value.shape[:-1]
+        and key.shape[:-2] == query.shape[:-2]
+    ):
+        return query.ndim == 3
+    shapes = shapes_of(**given)
     if query.ndim not in (2, 3) or key.ndim != query.ndim or value.ndim != query.ndim:
         raise ValueError(f"{shapes}: all are (N, length, width) or, unbatched, (length, width). Check the axes.")
     if query.shape[-1] != embed_dim:
-        raise ValueError(
-            f"{shapes}: the query is {query.shape[-1]} wide where embed_dim is {embed_dim}. Make them equal."
-        )
-    if key.shape[:-1] != value.shape[:-1] or key.shape[:-2] != query.shape[:-2]:
-        raise ValueError(
-            f"{shapes}: query, key and value need the same batch size, key and value the same length. "
-            "Inputs are batch first."
-        )
-    return query.ndim == 3
+        raise ValueError(f"{shapes}: the query's width is not embed_dim {embed_dim}. Make them equal.")
+    raise ValueError(
+        f"{shapes}: query, key and value need the same batch size, key and value the same length. "
+        "Inputs are batch first."
+    )
 
 
 def _bias_rows(layout: PackedLayout, bias_k: Array | None, bias_v: Array | None) -> tuple[Array, Array] | None:

@@ -24,10 +24,8 @@ class Matrix(NamedTuple):
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns."""
-        return self._size(self.row_axes), self._size(self.column_axes)
-
-    def _size(self, axes: tuple[int, ...]) -> int:
-        return math.prod(self.array.shape[axis] for axis in axes)
+        sizes = self.array.shape
+        return math.prod([sizes[i] for i in self.row_axes]), math.prod([sizes[i] for i in self.column_axes])
 
     @property
     def T(self) -> Matrix:

@@ -100,7 +100,8 @@ class AttentionProblem:
     @cached_property
     def batch_shape(self) -> tuple[int, ...]:
         """The broadcast batch axes."""
-        return np.broadcast_shapes(*(x.shape[:-3] for x in (self.query, self.key, self.value)))
+        batches = [x.shape[:-3] for x in (self.query, self.key, self.value)]
+        return batches[0] if batches[0] == batches[1] == batches[2] else np.broadcast_shapes(*batches)
 
     @property
     def batch(self) -> int:
@@ -150,9 +151,12 @@ class AttentionProblem:
 
 def check_dtypes(named: dict[str, Array]) -> None:
     """All of one floating dtype that the kernels know; byte order aside."""
-    listed = ", ".join(f"{name} {x.shape} {x.dtype}" for name, x in named.items())
-    dtypes = {x.dtype.newbyteorder("=") for x in named.values()}
+    dtypes = {x.dtype for x in named.values()}
+    if len(dtypes) == 1 and dtypes <= COMPUTING.keys():
+        return
+    dtypes = {dtype.newbyteorder("=") for dtype in dtypes}
     unknown = [str(dtype) for dtype in dtypes if dtype not in COMPUTING]
+    listed = ", ".join(f"{name} {x.shape} {x.dtype}" for name, x in named.items())
     if unknown:
         known = ", ".join(map(str, COMPUTING))
         hint = "" if bfloat16 is not None else " bfloat16 needs the package ml_dtypes."
@@ -161,32 +165,42 @@ def check_dtypes(named: dict[str, Array]) -> None:
         raise TypeError(f"dtypes differ: {listed}. Convert them to one dtype with astype.")
 
 
+def shapes_of(**named: Array) -> str:
+    """The arrays' shapes, as messages state them."""
+    return ", ".join(f"{name} {x.shape}" for name, x in named.items())
+
+
 def _check_shapes(query: Array, key: Array, value: Array) -> None:
-    shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
+    """(..., H, L, D), (..., Hk, S, D) and (..., Hk, S, Dv) that fit each other."""
+    fault = _shape_fault(query, key, value)
+    if fault:
+        raise ValueError(f"{shapes_of(query=query, key=key, value=value)}: {fault}")
+
+
+def _shape_fault(query: Array, key: Array, value: Array) -> str | None:
     if min(query.ndim, key.ndim, value.ndim) < 3:
-        raise ValueError(f"{shapes}: each needs a head axis, (..., H, L, D). Add one with x[None].")
+        return "each needs a head axis, (..., H, L, D). Add one with x[None]."
     if query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"{shapes}: query and key must have the same last size D. Check their last axes.")
+        return "query and key must have the same last size D. Check their last axes."
     if query.shape[-1] < 1 or value.shape[-1] < 1:
-        raise ValueError(f"{shapes}: head sizes D and Dv must be at least 1. Check the last axes.")
+        return "head sizes D and Dv must be at least 1. Check the last axes."
     if key.shape[-2] != value.shape[-2]:
-        raise ValueError(f"{shapes}: key and value must have the same length S. Check their axis -2.")
+        return "key and value must have the same length S. Check their axis -2."
     heads, kv_heads = query.shape[-3], key.shape[-3]
     if kv_heads != value.shape[-3] or (heads % kv_heads if kv_heads else heads):
-        raise ValueError(
-            f"{shapes}: key and value must have equally many heads (axis -3), a divisor of the query's {heads}. "
+        return (
+            f"key and value must have equally many heads (axis -3), a divisor of the query's {heads}. "
             "Check the head axes."
         )
+    batches = query.shape[:-3], key.shape[:-3], value.shape[:-3]
     try:
-        batch = np.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+        batch = batches[0] if batches[0] == batches[1] == batches[2] else np.broadcast_shapes(*batches)
     except ValueError:
-        raise ValueError(
-            f"{shapes}: the batch axes {query.shape[:-3]}, {key.shape[:-3]} and {value.shape[:-3]} do not broadcast. "
-            "Make each pair equal or 1."
-        ) from None
+        return f"the batch axes {', '.join(map(str, batches))} do not broadcast. Make each pair equal or 1."
     rows = math.prod(batch) * max(heads, 1) * max(query.shape[-2], key.shape[-2])
     if rows * max(query.shape[-1], value.shape[-1]) > _MOST_ELEMENTS:
-        raise ValueError(f"{shapes}: broadcast, that is more elements than a 64-bit index reaches. Split the batch.")
+        return "broadcast, that is more elements than a 64-bit index reaches. Split the batch."
+    return None
 
 
 def checked_scale(scale: float | None, head_dim: int) -> float:
@@ -219,7 +233,9 @@ def checked_probability(name: str, p: float) -> float:
 
 def usable(x: Array, xp: ModuleType) -> Array:
     """`x` itself, or a copy where kernels cannot index it: swapped bytes, or strides that are no whole elements."""
+    if xp is not np or (x.flags.c_contiguous and x.flags.aligned and x.dtype.isnative):
+        return x
     whole = all(stride % x.itemsize == 0 for stride, size in zip(x.strides, x.shape, strict=True) if size > 1)
-    if xp is not np or (whole and x.flags.aligned and x.dtype.isnative):
+    if whole and x.flags.aligned and x.dtype.isnative:
         return x
     return np.array(x, dtype=x.dtype.newbyteorder("="), order="C")

@@ -179,7 +179,7 @@ def _facts(computing: np.dtype[Any]) -> Facts:
 
 def _partials_size(block: launch.Launch) -> int:
     kernels = load.kernels(load.chosen_level())
-    return int(kernels.attention_decode_partials(launch.as_bytes(block.block), block.double))
+    return int(kernels.attention_decode_partials(block.table.pack(block.values), block.double))
 
 
 def _run(block: launch.Launch, plan: AttentionPlan) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import Any
 
@@ -12,8 +13,8 @@ from mha.cpu import load
 from mha.cpu.plan import AttentionPlan, ProductPlan
 from mha.masks import MaskSpec
 from mha.matrix import Matrix
-from mha.params import ATTENTION_PARAMS, PRODUCT_PARAMS, STORAGE, as_bytes
-from mha.problem import AttentionProblem, Dropout, usable
+from mha.params import ATTENTION, PRODUCT, STORAGE, Table
+from mha.problem import COMPUTING, AttentionProblem, Dropout, usable
 from mha.random import keep_scale, threshold
 
 Array = NDArray[Any]
@@ -22,65 +23,83 @@ _LINE = 64
 
 
 class Launch:
-    """A parameter block under construction, with everything it points to kept alive."""
+    """A parameter block under construction, with everything it points to kept alive.
 
-    def __init__(self, dtype: np.dtype[Any], computing: np.dtype[Any]) -> None:
-        self.block = np.zeros(1, dtype)
+    Plain lists and one `struct` call: filling a NumPy record field by field took most of a small layer's time.
+    """
+
+    def __init__(self, table: Table, computing: np.dtype[Any]) -> None:
+        self.table = table
+        self.values: list[Any] = [0] * len(table.names)
         self.double = computing == np.float64
         self.computing = computing
         self._alive: list[Array] = []
 
     def set(self, **fields: Any) -> None:
         """Plain numbers."""
+        index = self.table.index
         for name, value in fields.items():
-            self.block[name] = value
+            self.values[index[name]] = value
+
+    def fill(self, name: str, members: tuple[int, ...]) -> None:
+        """The members of a nested struct, whose first field is `name`."""
+        start = self.table.index[name]
+        self.values[start : start + len(members)] = members
 
     def pointer(self, name: str, x: Array | None) -> None:
         """The address of a contiguous array; None is NULL."""
         if x is not None:
             self._alive.append(x)
-            self.block[name] = x.ctypes.data
+            self.values[self.table.index[name]] = x.ctypes.data
 
     def view(self, name: str, x: Array, batch_shape: tuple[int, ...]) -> None:
         """An array (..., heads, rows, columns) whose batch axes broadcast to `batch_shape`."""
-        offsets = self._offsets(x, batch_shape)
-        strides = _element_strides(x)
-        self._alive.append(x)
-        self.block[name] = (x.ctypes.data, offsets.ctypes.data, *strides[-3:], STORAGE[x.dtype.name])
-
-    def _offsets(self, x: Array, batch_shape: tuple[int, ...]) -> Array:
-        axes = np.broadcast_to(x, (*batch_shape, *x.shape[-3:]))
-        offsets = np.zeros((), np.int64)
-        for size, stride in zip(batch_shape, axes.strides, strict=False):
-            offsets = np.add.outer(offsets, np.arange(size, dtype=np.int64) * (stride // x.itemsize))
-        offsets = np.ascontiguousarray(offsets).reshape(-1)
-        self._alive.append(offsets)
-        return offsets
+        offsets = _offsets(x, batch_shape)
+        self._alive += (x, offsets)
+        members = (x.ctypes.data, offsets.ctypes.data, *_element_strides(x)[-3:], STORAGE[x.dtype])
+        self.fill(f"{name}.data", members)
 
     def run(self, kernel: str, threads: int) -> int:
         """Allocate what the kernel asks for and call it; returns the size of its team of threads."""
         module = load.kernels(load.chosen_level())
-        need = getattr(module, f"{kernel}_scratch")(as_bytes(self.block), self.double)
-        self.set(threads=threads, scratch_bytes=need, scratch=self._room(need * threads))
-        return int(getattr(module, kernel)(as_bytes(self.block), self.double))
+        need = getattr(module, f"{kernel}_scratch")(self.table.pack(self.values), self.double)
+        memory, address = _aligned(need * threads)
+        self.set(threads=threads, scratch_bytes=need, scratch=address)
+        team = int(getattr(module, kernel)(self.table.pack(self.values), self.double))
+        del memory  # alive until here
+        return team
 
     def room(self, name: str, size: int) -> None:
         """Memory for a field of the block, aligned to a cache line."""
-        self.block[name] = self._room(size)
-
-    def _room(self, size: int) -> int:
-        memory = np.empty(size + _LINE, np.uint8)
+        memory, address = _aligned(size)
         self._alive.append(memory)
-        return (int(memory.ctypes.data) + _LINE - 1) // _LINE * _LINE
+        self.values[self.table.index[name]] = address
+
+
+def _aligned(size: int) -> tuple[Array, int]:
+    """Memory, and the address of its first cache line."""
+    memory = np.empty(size + _LINE, np.uint8)
+    return memory, (int(memory.ctypes.data) + _LINE - 1) // _LINE * _LINE
+
+
+def _offsets(x: Array, batch_shape: tuple[int, ...]) -> Array:
+    """Where each sample starts, in elements."""
+    if len(batch_shape) == 1 and x.shape[:-3] == batch_shape:
+        return np.arange(batch_shape[0], dtype=np.int64) * (x.strides[0] // x.itemsize)
+    axes = np.broadcast_to(x, (*batch_shape, *x.shape[-3:]))
+    offsets = np.zeros((), np.int64)
+    for size, stride in zip(batch_shape, axes.strides, strict=False):
+        offsets = np.add.outer(offsets, np.arange(size, dtype=np.int64) * (stride // x.itemsize))
+    return np.ascontiguousarray(offsets).reshape(-1)
 
 
 def attention(problem: AttentionProblem) -> Launch:
     """The part of the block that every attention kernel reads: sizes, inputs, masks, dropout."""
     p = problem
-    launch = Launch(ATTENTION_PARAMS, p.computing)
+    launch = Launch(ATTENTION, p.computing)
     launch.set(batch=p.batch, heads=p.heads, kv_heads=p.kv_heads, queries=p.queries, keys=p.keys)
     launch.set(head_dim=p.head_dim, v_head_dim=p.v_head_dim, extra=p.mask.extra, softcap=p.softcap or 0.0)
-    exact = p.scale > 0 and np.frexp(p.scale)[0] == 0.5
+    exact = p.scale > 0 and math.frexp(p.scale)[0] == 0.5
     launch.set(operand_scale=p.scale if exact else 1.0, score_scale=1.0 if exact else p.scale)
     for name, x in (("query", p.query), ("key", p.key), ("value", p.value)):
         launch.view(name, x, p.batch_shape)
@@ -120,15 +139,15 @@ def _masks(launch: Launch, mask: MaskSpec, p: AttentionProblem) -> None:
 def _dropout(launch: Launch, dropout: Dropout | None, heads: int) -> None:
     launch.set(keep_scale=1.0, grad_weights_scale=1.0, total_heads=heads)
     if dropout is not None and dropout.state is not None:
-        seed = np.uint64(dropout.state.seed & 0xFFFFFFFFFFFFFFFF).astype(np.int64)
+        seed = dropout.state.seed & 0xFFFFFFFFFFFFFFFF
+        seed -= (seed >> 63) << 64  # two's complement
         launch.set(dropout=1, threshold=threshold(dropout.p), keep_scale=keep_scale(dropout.p))
         launch.set(seed=seed, dropout_offset=dropout.state.offset)
 
 
 def output_dropout(x: Array, residual: Array | None, out: Array, dropout: Dropout | None, threads: int) -> None:
     """out = dropout(x) + residual, all (N, L, E)."""
-    computing = np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
-    launch = Launch(ATTENTION_PARAMS, computing)
+    launch = Launch(ATTENTION, COMPUTING[x.dtype])
     launch.set(batch=x.shape[0], heads=1, kv_heads=1, queries=x.shape[1], head_dim=x.shape[2])
     named = {"query": x, "output": out} | ({} if residual is None else {"key": residual})
     for name, array in named.items():
@@ -142,10 +161,10 @@ def product(
     left: Matrix, right: Matrix, out: Matrix, bias: Array | None, plan: ProductPlan, computing: np.dtype[Any]
 ) -> None:
     """out = left @ right + bias"""
-    launch = Launch(PRODUCT_PARAMS, computing)
+    launch = Launch(PRODUCT, computing)
     launch.set(m=left.shape[0], k=left.shape[1], n=right.shape[1], main_thread=_in_main_thread())
     for name, matrix in (("left", left), ("right", right), ("out", out)):
-        launch.block[name] = _matrix_view(matrix)
+        launch.fill(f"{name}.data", _matrix_view(matrix))
     launch.pointer("bias", bias)
     launch.set(vectors=plan.vectors, row_block=plan.row_block, panels=plan.panels, k_block=plan.k_block)
     launch.set(in_place=plan.in_place)
@@ -158,7 +177,7 @@ def product(
 def _matrix_view(matrix: Matrix) -> tuple[int, ...]:
     x = matrix.array
     strides = _element_strides(x)
-    fields = [x.ctypes.data, STORAGE[x.dtype.name]]
+    fields = [x.ctypes.data, STORAGE[x.dtype]]
     for axes in (matrix.row_axes, matrix.column_axes):
         *outer, inner = axes
         size = max(x.shape[inner], 1)
