@@ -101,6 +101,6 @@ wanted = os.environ.get("MHA_BUILD_LEVELS", ",".join(LEVELS)).split(",")
 extensions = [kernel_extension(level, LEVELS[level]) for level in wanted]
 extensions.append(_extension("mha.cpu._runtime", ROOT / "pyx" / "runtime.pyx", []))
 setup(
-    ext_modules=cythonize(extensions, include_path=["pyx"], compiler_directives=DIRECTIVES, annotate=False),
+    ext_modules=cythonize(extensions, include_path=["pyx"], compiler_directives=DIRECTIVES, build_dir="build/cython"),
     cmdclass={"build_ext": BuildKernels},
 )
