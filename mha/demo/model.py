@@ -1,7 +1,7 @@
 """A vision transformer in plain NumPy whose attention is handed in from outside.
 
-The network is the one that `mha.demo.train` trains with PyTorch: 2 x 2 patches of an 8 x 8 image, a class token, learned
-positions, pre-norm encoder blocks with ReLU, a final layer norm, and a linear layer that reads the class token
+The network is the one that `mha.demo.train` trains with PyTorch: 2 x 2 patches of an 8 x 8 image, a class token,
+learned positions, pre-norm encoder blocks with ReLU, a final layer norm, and a linear layer that reads the class token
 (Dosovitskiy et al., 2021, "An Image is Worth 16x16 Words").
 """
 
@@ -134,13 +134,13 @@ class DigitTransformer:
         return np.concatenate([class_token, patches], axis=1) + self.state["positions"]
 
     def __call__(self, images: NDArray[np.uint8], need_weights: bool = False) -> Answer:
-        """Score images (N, 8, 8) for the ten digits; `need_weights` asks for what every head of every layer looked at."""
+        """Score images (N, 8, 8) for the ten digits; `need_weights` asks for what every head looked at."""
         x, seen = self.tokens(images), []
         for block, attention in zip(self.blocks, self.attention, strict=True):
             normed = layer_norm(x, self.state, f"{block}.norm1")
             attended, weights = attention(normed, normed, normed, need_weights=need_weights, average_attn_weights=False)
             if weights is not None:
-                seen.append(weights)
+                seen.append(weights.reshape(len(x), -1, *weights.shape[-2:]))
             x = x + attended
             hidden = linear(layer_norm(x, self.state, f"{block}.norm2"), self.state, f"{block}.linear1")
             x = x + linear(np.maximum(hidden, 0), self.state, f"{block}.linear2")

@@ -1,7 +1,7 @@
 """Train the demo's network with PyTorch and record its answers: ``python -m mha.demo.train [--check]``.
 
-Needs PyTorch and scikit-learn, which the demo itself does not. With `--check` nothing is written: the network is trained
-again and compared with the recording that comes with the package.
+Needs PyTorch and scikit-learn, which the demo itself does not. With `--check` nothing is written: the network is
+trained again and compared with the recording that comes with the package.
 """
 
 from __future__ import annotations
