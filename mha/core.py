@@ -162,8 +162,8 @@ def scaled_dot_product_attention_backward(
     problem = _problem(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, softcap,
                        causal_offset, key_lengths, query_lengths, dropout_state)  # fmt: skip
     heads = (*problem.batch_shape, problem.heads, problem.queries)
-    named = {"grad_output": (grad_output, (*heads, problem.v_head_dim)), "output": (output, (*heads, problem.v_head_dim)),
-             "lse": (lse, heads)}  # fmt: skip
+    wide = (*heads, problem.v_head_dim)
+    named = {"grad_output": (grad_output, wide), "output": (output, wide), "lse": (lse, heads)}
     arrays = {name: _as_forward(name, x, shape, problem) for name, (x, shape) in named.items()}
     float_mask = mask_gradients and problem.mask.pair_bias is not None
     shapes = [_mask_shape(attn_mask, problem)] if float_mask and attn_mask is not None else []
@@ -173,8 +173,8 @@ def scaled_dot_product_attention_backward(
         full = summed[0].reshape(*(problem.batch_shape if shapes[0][0] > 1 else (1,)), *shapes[0][1:])
         mask_gradient = sum_to_shape(full, _padded(attn_mask.shape, full.ndim)).reshape(attn_mask.shape)
         mask_gradient = mask_gradient.astype(attn_mask.dtype)
-    named_inputs = zip(gradients, (query, key, value), strict=True)
-    return AttentionGradients(*(_own_shape(gradient, x) for gradient, x in named_inputs), mask_gradient)
+    of_query, of_key, of_value = (_own_shape(g, x) for g, x in zip(gradients, (query, key, value), strict=True))
+    return AttentionGradients(of_query, of_key, of_value, mask_gradient)
 
 
 def _problem(
@@ -200,9 +200,7 @@ def _problem(
     return replace(problem, mask=spec)
 
 
-def _matching_heads(
-    query: Array, key: Array, value: Array, enable_gqa: bool, xp: Any
-) -> tuple[Array, Array, Array]:
+def _matching_heads(query: Array, key: Array, value: Array, enable_gqa: bool, xp: Any) -> tuple[Array, Array, Array]:
     """Key and value with one head count, a divisor of the query's: heads broadcast, or are grouped on request."""
     counts = [x.shape[-3] for x in (query, key, value)]
     if counts[0] == counts[1] == counts[2]:

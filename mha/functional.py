@@ -119,8 +119,8 @@ def multi_head_attention(
     is_causal : bool
         Query i sees keys j <= i + causal_offset, together with every other mask.
     maybe_cudnn_style_mask : bool
-        Both masks are integers: attn_mask (2, L) = first key and end of each query, key_padding_mask (2, N) = lengths of
-        queries and keys.
+        Both masks are integers: attn_mask (2, L) = first key and end of each query, key_padding_mask (2, N) =
+        lengths of queries and keys.
     reslink : bool
         Add the query to the output, after dropout.
     training : bool

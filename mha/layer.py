@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from numpy.typing import NDArray
 
-from mha import masks
 from mha.dispatch import backend_for, backend_of
+from mha.masks import MaskSpec, for_multi_head_attention
 from mha.matrix import heads_of, rows_of
 from mha.optional import array_module
 from mha.packing import PackedLayout
@@ -37,7 +37,7 @@ class Call:
     bias_rows: tuple[Array, Array] | None
     appended: tuple[list[Array | None], list[Array | None]]
     masks: dict[str, Array | None]
-    spec: masks.MaskSpec
+    spec: MaskSpec
     scale: float
     softcap: float | None
     dropout: Dropout | None
@@ -67,11 +67,10 @@ class Call:
         vector = usable(p["io_weight_bias"], xp)
         views = layout.views(vector)
         bias_rows = _bias_rows(layout, p["bias_k"], p["bias_v"])
-        appended = tuple([row] if row is not None else [] for row in bias_rows or (None, None))
-        if p["add_zero_attn"]:
-            appended = tuple([*rows, None] for rows in appended)
+        zeros: list[Array | None] = [None] if p["add_zero_attn"] else []
+        appended = ([*bias_rows[:1], *zeros], [*bias_rows[1:], *zeros]) if bias_rows else (zeros, zeros)
         batch, queries, keys = inputs["query"].shape[0], inputs["query"].shape[1], inputs["key"].shape[1]
-        spec = masks.for_multi_head_attention(
+        spec = for_multi_head_attention(
             p["attn_mask"], p["key_padding_mask"], batch=batch, heads=layout.num_heads, queries=queries, keys=keys,
             dtype=inputs["query"].dtype, is_causal=p["is_causal"], maybe_cudnn_style_mask=p["maybe_cudnn_style_mask"],
             window=p["window"], causal_offset=p["causal_offset"], extra=len(appended[0]), batched=batched, xp=xp,
@@ -131,12 +130,11 @@ def forward(call: Call) -> tuple[Array, Array | None]:
     return output if call.batched else output[0], attn_weights
 
 
-def backward(
-    call: Call, grad_output: Array, grad_weights: Array | None, mask_gradients: bool
-) -> tuple[Array | None, ...]:
+def backward(call: Call, grad_output: Array, grad_weights: Array | None, mask_gradients: bool) -> tuple[Any, ...]:
     """Gradients in the order of `MultiHeadAttentionGradients`."""
     problem, z = call.problem, call.heads
-    assert problem is not None and z is not None
+    assert problem is not None
+    assert z is not None
     xp, layout, backend = call.xp, call.layout, backend_of(call.inputs["query"])
     grad = _like_output(call, grad_output)
     grad_vector = xp.zeros(call.vector.shape, call.vector.dtype)
@@ -208,7 +206,7 @@ def _dropouts(attn_drop: float, out_drop: float, training: bool) -> tuple[Dropou
 def _like_output(call: Call, grad: Array) -> Array:
     assert call.problem is not None
     batch, queries = call.inputs["query"].shape[:2]
-    shape = (batch, queries, call.layout.output_size)[not call.batched :]
+    shape: tuple[int, ...] = (batch, queries, call.layout.output_size)[not call.batched :]
     array_module(call.inputs["query"], grad)
     if grad.shape != shape or grad.dtype != call.inputs["query"].dtype:
         raise (TypeError if grad.shape == shape else ValueError)(
@@ -226,7 +224,7 @@ def _like_weights(call: Call, grad: Array | None) -> Array | None:
     assert problem is not None
     heads = 1 if call.average else problem.heads
     full = (problem.batch, heads, problem.queries, problem.keys)
-    shape = (problem.batch, *full[2:]) if call.average else (problem.batch * heads, *full[2:])
+    shape: tuple[int, ...] = (problem.batch if call.average else problem.batch * heads, *full[2:])
     if not call.batched:
         shape = full[2:] if call.average else full[1:]
     if not call.need_weights or grad.shape != shape:

@@ -16,7 +16,7 @@ try:
 
     bfloat16: np.dtype[Any] | None = np.dtype(ml_dtypes.bfloat16)
 except ImportError:
-    ml_dtypes = None  # type: ignore[assignment]
+    ml_dtypes = None
     bfloat16 = None
 
 

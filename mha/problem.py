@@ -22,7 +22,7 @@ from mha.random import DropoutState
 Array = NDArray[Any]
 
 #: dtype -> the one it is computed in.
-COMPUTING = {
+COMPUTING: dict[np.dtype[Any], np.dtype[Any]] = {
     np.dtype(np.float32): np.dtype(np.float32),
     np.dtype(np.float64): np.dtype(np.float64),
     np.dtype(np.float16): np.dtype(np.float32),

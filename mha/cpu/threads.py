@@ -53,10 +53,7 @@ def default_limit() -> int:
 
 def usable_cpus() -> int:
     """Processors that affinity and CPU quota leave to this process."""
-    if hasattr(os, "sched_getaffinity"):
-        count = len(os.sched_getaffinity(0))
-    else:
-        count = os.cpu_count() or 1
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(count, _quota()))
 
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+Array = NDArray[Any]
 
 STATE_PREFIX = "state:"
 
@@ -52,7 +55,7 @@ class Recording:
         """Share of the held-out images that PyTorch got right."""
         return float((self.predictions == self.labels).mean())
 
-    def arrays(self) -> dict[str, NDArray]:
+    def arrays(self) -> dict[str, Array]:
         """Everything as named arrays, the way it lies in the file."""
         state = {STATE_PREFIX + name: value for name, value in self.state.items()}
         numbers = {"num_heads": np.int64(self.num_heads), "trained_on": np.int64(self.trained_on)}
@@ -62,7 +65,7 @@ class Recording:
 
     def save(self, path: Path) -> None:
         """Write the recording to `path` (npz, compressed)."""
-        np.savez_compressed(path, **self.arrays())
+        np.savez_compressed(path, allow_pickle=False, **self.arrays())
 
     @classmethod
     def load(cls) -> Recording:

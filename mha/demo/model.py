@@ -8,10 +8,12 @@ learned positions, pre-norm encoder blocks with ReLU, a final layer norm, and a 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+Array = NDArray[Any]
 
 PATCH = 2
 State = Mapping[str, NDArray[np.float32]]
@@ -22,13 +24,13 @@ class Attention(Protocol):
 
     def __call__(
         self,
-        query: NDArray,
-        key: NDArray,
-        value: NDArray,
+        query: Array,
+        key: Array,
+        value: Array,
         *,
         need_weights: bool = False,
         average_attn_weights: bool = False,
-    ) -> tuple[NDArray, NDArray | None]: ...
+    ) -> tuple[Array, Array | None]: ...
 
 
 class FromTorch(Protocol):
@@ -48,15 +50,15 @@ def split_patches(images: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Cut images (N, 8, 8) with values 0 to 16 into flat patches (N, 16, 4) with values -1 to 1."""
     count, height, width = images.shape
     blocks = images.reshape(count, height // PATCH, PATCH, width // PATCH, PATCH).swapaxes(2, 3)
-    return blocks.reshape(count, -1, PATCH * PATCH).astype(np.float32) / 8 - 1
+    return blocks.reshape(count, -1, PATCH * PATCH).astype(np.float32) / np.float32(8) - np.float32(1)
 
 
-def linear(x: NDArray, state: State, name: str) -> NDArray:
+def linear(x: Array, state: State, name: str) -> Array:
     """PyTorch's `nn.Linear` called `name`."""
     return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
 
 
-def layer_norm(x: NDArray, state: State, name: str, epsilon: float = 1e-5) -> NDArray:
+def layer_norm(x: Array, state: State, name: str, epsilon: float = 1e-5) -> Array:
     """PyTorch's `nn.LayerNorm` called `name`, over the last axis."""
     centred = x - x.mean(axis=-1, keepdims=True)
     deviation = np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + np.float32(epsilon))
@@ -78,13 +80,13 @@ class PlainAttention:
 
     def __call__(
         self,
-        query: NDArray,
-        key: NDArray,
-        value: NDArray,
+        query: Array,
+        key: Array,
+        value: Array,
         *,
         need_weights: bool = False,
         average_attn_weights: bool = False,
-    ) -> tuple[NDArray, NDArray | None]:
+    ) -> tuple[Array, Array | None]:
         """Attend: (N, L, E) to (N, L, E), and the weights (N, H, L, L), or (N, L, L) if averaged, or None.
 
         Raises

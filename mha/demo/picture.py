@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from mha.demo.model import PATCH, DigitTransformer
 
+Array = NDArray[Any]
+
 SHADES = " .:-=+*#%@"
 INK = "#1f2430"
 ROLLOUT = "all layers\n(rollout)"
@@ -32,17 +34,17 @@ class Gaze(NamedTuple):
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
     predictions: NDArray[np.int64]
-    maps: dict[str, NDArray]
+    maps: dict[str, Array]
 
 
-def patch_shares(from_class_token: NDArray) -> NDArray:
+def patch_shares(from_class_token: Array) -> Array:
     """Drop what the class token gave itself: rows (N, 17) of attention to shares (N, 4, 4) that sum to 1."""
     patches = from_class_token[:, 1:]
     side = round(patches.shape[1] ** 0.5)
     return (patches / patches.sum(axis=1, keepdims=True)).reshape(-1, side, side)
 
 
-def rollout(weights: Iterable[NDArray]) -> NDArray:
+def rollout(weights: Iterable[Array]) -> Array:
     """Attention through all layers (Abnar & Zuidema, 2020): per-layer weights (N, H, T, T) to (N, T, T).
 
     Each layer passes on half of what it is given (the residual path) and half of what its heads look at, on average.
@@ -65,7 +67,7 @@ def look(network: DigitTransformer, images: NDArray[np.uint8], labels: NDArray[n
     return Gaze(images[chosen], labels[chosen], answer.logits.argmax(axis=1), maps)
 
 
-def above_even(shares: NDArray) -> NDArray:
+def above_even(shares: Array) -> Array:
     """Rescale shares (N, 4, 4) for the eye: 0 is an even share of the attention or less, 1 is the picture's maximum."""
     excess = np.maximum(shares - 1 / shares[0].size, 0)
     return excess / excess.max(axis=(1, 2), keepdims=True)
@@ -78,7 +80,7 @@ def as_text(gaze: Gaze, count: int = 5) -> str:
     return "\n".join(["what was written", *written, "", "what the attention looked at", *text_rows(attention)])
 
 
-def text_rows(pictures: NDArray) -> list[str]:
+def text_rows(pictures: Array) -> list[str]:
     """Lines of text for pictures (N, 8, 8) with values 0 to 1, side by side; a pixel is two characters wide."""
     levels = np.rint(pictures * (len(SHADES) - 1)).astype(int).swapaxes(0, 1)
     return [("   ".join("".join(SHADES[level] * 2 for level in row) for row in line)).rstrip() for line in levels]

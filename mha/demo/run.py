@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from mha import optional
 from mha.demo.data import Recording
-from mha.demo.model import DigitTransformer, PlainAttention
+from mha.demo.model import DigitTransformer, PlainAttention, State
 from mha.demo.picture import as_text, draw, look
 from mha.module import MultiHeadAttention
 
 
-def frozen_layer(state_dict: dict, num_heads: int, prefix: str = "") -> MultiHeadAttention:
+def frozen_layer(state_dict: State, num_heads: int, prefix: str = "") -> MultiHeadAttention:
     """One attention layer of the trained network, its weights ported into a packed vector."""
     return MultiHeadAttention.from_torch(state_dict, num_heads, prefix).freeze()
 
 
-def interleaved_best(calls: list[Callable[[], object]], rounds: int) -> list[float]:
+def interleaved_best(calls: Sequence[Callable[[], object]], rounds: int) -> list[float]:
     """The shortest time of each call in milliseconds, taken in turn so that the machine's moods hit all alike."""
     best = [float("inf")] * len(calls)
     for _ in range(rounds):
@@ -41,7 +42,6 @@ def main(argv: list[str] | None = None) -> int:
     images, labels = recording.images, recording.labels
     network = DigitTransformer(recording.state, recording.num_heads, frozen_layer)
     plain = DigitTransformer(recording.state, recording.num_heads, PlainAttention)
-    layer = network.attention[0]
     vectors = ", ".join(str(x.io_weight_bias.size) for x in network.attention)  # type: ignore[attr-defined]
     print(f"a vision transformer, trained with PyTorch on {recording.trained_on} handwritten digits (scikit-learn)")
     print(f"{len(network.attention)} attention layers, {recording.num_heads} heads; packed vectors of {vectors} values")
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"same predictions    {same} of {len(images)}")
 
     tokens = network.tokens(images)
-    attentions = [lambda a=a: a(tokens, tokens, tokens) for a in (layer, plain.attention[0])]
+    attentions = [partial(a, tokens, tokens, tokens) for a in (network.attention[0], plain.attention[0])]
     ours, unfused = interleaved_best(attentions, options.rounds)
     print(
         f"one attention layer {ours:.2f} ms here, {unfused:.2f} ms unfused in NumPy: {unfused / ours:.1f} times faster"
