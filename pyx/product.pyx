@@ -10,8 +10,8 @@ from libc.string cimport memset
 from params cimport MatrixView, ProductParams, checked_product_params
 from tile cimport real, lanes, tile_product, load_vector, store_vector
 from storage cimport native_storage
-from schedule cimport (mha_schedule, schedule_start, schedule_take, schedule_finish, schedule_join, keep_going,
-                       wait_for_others, finished, carve)
+from schedule cimport (mha_schedule, schedule_start, schedule_take, schedule_finish, schedule_join, schedule_stop,
+                       schedule_stopped, keep_going, wait_for_others, wait_for_all, finished, carve)
 
 
 cdef struct ProductScratch:
@@ -148,21 +148,28 @@ cdef void product_item(const ProductParams* p, ProductScratch* scratch, int64_t 
             store_row(&p.out, i + t, panel * width, columns, out + t * width)
 
 
-cdef void product_worker(const ProductParams* p, bint packing, mha_schedule* schedule, int thread,
+cdef void product_worker(const ProductParams* p, mha_schedule* packing, mha_schedule* schedule, int thread,
                          const real* kind) noexcept nogil:
+    """Both phases in one parallel region: waking a team twice would cost a small product more than its work."""
     cdef ProductScratch scratch
     cdef int64_t item, width = p.vectors * lanes(kind), groups
     groups = ((p.n + width - 1) // width + p.panels - 1) // p.panels
     schedule_join(schedule)
+    while True:
+        item = schedule_take(packing)
+        if item < 0 or not keep_going(packing, thread):
+            break
+        pack_panel(p, item, kind)
+        schedule_finish(packing)
+    wait_for_all(packing, thread)
+    if schedule_stopped(packing):
+        schedule_stop(schedule)
     carve_product(p, p.scratch + thread * p.scratch_bytes, &scratch, kind)
     while True:
         item = schedule_take(schedule)
         if item < 0 or not keep_going(schedule, thread):
             break
-        if packing:
-            pack_panel(p, item, kind)
-        else:
-            product_item(p, &scratch, item // groups * p.row_block, item % groups * p.panels, schedule, thread, kind)
+        product_item(p, &scratch, item // groups * p.row_block, item % groups * p.panels, schedule, thread, kind)
         schedule_finish(schedule)
     wait_for_others(schedule, thread)
 
@@ -170,15 +177,11 @@ cdef void product_worker(const ProductParams* p, bint packing, mha_schedule* sch
 cdef int run_product(const ProductParams* p, const real* kind) except -1:
     cdef mha_schedule packing, schedule
     cdef int64_t width = p.vectors * lanes(kind), panels = (p.n + width - 1) // width
-    if not p.in_place:
-        schedule_start(&packing, panels, <int>p.main_thread)
-        with nogil, parallel(num_threads=<int>p.threads):
-            product_worker(p, True, &packing, threadid(), kind)
-        finished(&packing)
+    schedule_start(&packing, 0 if p.in_place else panels, <int>p.main_thread)
     schedule_start(&schedule, (p.m + p.row_block - 1) // p.row_block * ((panels + p.panels - 1) // p.panels),
                    <int>p.main_thread)
     with nogil, parallel(num_threads=<int>p.threads):
-        product_worker(p, False, &schedule, threadid(), kind)
+        product_worker(p, &packing, &schedule, threadid(), kind)
     return finished(&schedule)
 
 

@@ -6,6 +6,7 @@
  */
 #ifndef MHA_SCHEDULE_H
 #define MHA_SCHEDULE_H
+#include <sched.h>
 #include <stdint.h>
 #include <time.h>
 
@@ -59,14 +60,23 @@ static inline int schedule_due(mha_schedule *s)
     return 1;
 }
 
+static inline int schedule_all_done(const mha_schedule *s)
+{
+    return schedule_stopped(s) || __atomic_load_n(&s->done, __ATOMIC_ACQUIRE) >= s->total;
+}
+
 /* Lets a moment pass while others still work; returns 0 when all is done. It polls as a barrier would for the first
- * two milliseconds, so that short calls pay nothing, and sleeps from then on. */
-static inline int schedule_wait(mha_schedule *s)
+ * two milliseconds, so that short calls pay nothing, but gives way: the thread waited for may share this core with a
+ * spinning thread of the user's BLAS. It sleeps from then on. */
+static inline int schedule_wait(const mha_schedule *s)
 {
     const double start = mha_seconds();
-    while (mha_seconds() - start < 2e-3)
-        if (schedule_stopped(s) || __atomic_load_n(&s->done, __ATOMIC_ACQUIRE) >= s->total)
+    for (int i = 0; i < 64 || mha_seconds() - start < 2e-3; i++) {
+        if (schedule_all_done(s))
             return 0;
+        if (i >= 64)
+            sched_yield();
+    }
     const struct timespec pause = {0, 500000};
     nanosleep(&pause, 0);
     return 1;

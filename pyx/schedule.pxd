@@ -13,7 +13,8 @@ cdef extern from "schedule.h" nogil:
     int64_t schedule_take(mha_schedule* schedule)
     void schedule_finish(mha_schedule* schedule)
     int schedule_due(mha_schedule* schedule)
-    int schedule_wait(mha_schedule* schedule)
+    int schedule_all_done(const mha_schedule* schedule)
+    int schedule_wait(const mha_schedule* schedule)
 
 
 cdef inline bint keep_going(mha_schedule* schedule, int thread) noexcept nogil:
@@ -31,6 +32,13 @@ cdef inline void wait_for_others(mha_schedule* schedule, int thread) noexcept no
         while schedule_wait(schedule):
             if not keep_going(schedule, thread):
                 return
+
+
+cdef inline void wait_for_all(mha_schedule* schedule, int thread) noexcept nogil:
+    """A barrier for one phase: every thread waits until every item is done."""
+    while schedule_wait(schedule):
+        if not keep_going(schedule, thread):
+            return
 
 
 cdef inline char* carve(char** cursor, Py_ssize_t size) noexcept nogil:
