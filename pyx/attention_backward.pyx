@@ -90,8 +90,8 @@ cdef void store_keys(const TensorView* x, const KeyPanel* panel, Py_ssize_t colu
                      double factor) noexcept nogil:
     cdef int64_t t
     for t in range(panel.count):
-        store_vector(<int>x.storage, x.data, element(x, panel.sample, panel.kv_head, panel.first + t), x.column, columns,
-                     transposed + t, panel.width, factor)
+        store_vector(<int>x.storage, x.data, element(x, panel.sample, panel.kv_head, panel.first + t), x.column,
+                     columns, transposed + t, panel.width, factor)
 
 
 cdef void add_grad_weights(const AttentionParams* p, const KeyPanel* panel, Py_ssize_t head, int64_t i, int64_t count,

@@ -13,7 +13,8 @@ cdef enum:
     DELTA_VECTORS = 4
 
 
-cdef void delta_rows(const AttentionParams* p, Py_ssize_t n, Py_ssize_t head, char* base, const real* kind) noexcept nogil:
+cdef void delta_rows(const AttentionParams* p, Py_ssize_t n, Py_ssize_t head, char* base,
+                     const real* kind) noexcept nogil:
     """One head, lanes are its queries."""
     cdef char* cursor = base
     cdef Py_ssize_t width = DELTA_VECTORS * lanes(kind), size = p.v_head_dim * width * sizeof(real)

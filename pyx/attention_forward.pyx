@@ -12,7 +12,7 @@ from tile cimport real, lanes, tile_product, tile_product_hiding, softmax_absorb
 from mask cimport Panel, carve_panel, fill_panel, next_block, mask_scores, drop_scores
 from storage cimport Block, key_rows, block_finite, load_panel, store_panel
 from schedule cimport (mha_schedule, schedule_start, schedule_take, schedule_finish, schedule_join, keep_going,
-                        wait_for_others, finished, carve)
+                       wait_for_others, finished, carve)
 
 cdef enum:
     MAX_PANELS = 4
@@ -73,7 +73,8 @@ cdef void absorb_block(const AttentionParams* p, ForwardScratch* scratch, Py_ssi
                      output, width, 1)
 
 
-cdef void finish_panel(const AttentionParams* p, ForwardScratch* scratch, Py_ssize_t i, const real* kind) noexcept nogil:
+cdef void finish_panel(const AttentionParams* p, ForwardScratch* scratch, Py_ssize_t i,
+                       const real* kind) noexcept nogil:
     """Divides by the sums and stores the output and the log-sum-exp."""
     cdef Panel* panel = &scratch.panels[i]
     cdef real* maximum = <real*>scratch.maximum[i]

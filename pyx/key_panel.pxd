@@ -6,8 +6,8 @@ threads, and attention masks are read along their rows.
 from libc.math cimport INFINITY
 from libc.stdint cimport int64_t, uint32_t
 from params cimport AttentionParams, TensorView
-from tile cimport (real, lanes, scale_scores, softcap_scores, add_bias, hide_flagged, hide_lanes, load_vector, mha_philox_rows,
-                   drop_factors)
+from tile cimport (real, lanes, scale_scores, softcap_scores, add_bias, hide_flagged, hide_lanes, load_vector,
+                   mha_philox_rows, drop_factors)
 from mask cimport visible_keys
 from storage cimport element
 from schedule cimport carve

@@ -7,7 +7,7 @@ from libc.stdint cimport int64_t, uint32_t
 from libc.math cimport INFINITY
 from params cimport AttentionParams, TensorView
 from tile cimport (real, lanes, scale_scores, softcap_scores, add_bias, hide_flagged, hide_key, hide_lanes, drop_lanes,
-                    load_vector, mha_philox_rows, MHA_BOOL)
+                   load_vector, mha_philox_rows)
 from schedule cimport carve
 
 

@@ -34,7 +34,7 @@ cdef void dropout_row(const AttentionParams* p, Py_ssize_t n, int64_t i, char* b
 
 
 cdef void dropout_worker(const AttentionParams* p, mha_schedule* schedule, int thread, const real* kind) noexcept nogil:
-    cdef int64_t item, i
+    cdef int64_t item
     schedule_join(schedule)
     while True:
         item = schedule_take(schedule)
