@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from mha.optional import array_module
-from mha.problem import AttentionProblem
+from mha.problem import AttentionProblem, Dropout
 
 #: Library of the arrays -> the module that computes on them.
 _BACKENDS = {"numpy": "mha.cpu"}
@@ -54,6 +54,12 @@ def backend_for(problem: AttentionProblem) -> Any:
     if reasons:
         raise RuntimeError(f"the {backend.NAME} backend cannot run this: {'; '.join(reasons)}. Unset MHA_BACKEND.")
     return backend
+
+
+def dropout_backend(x: Any, dropout: Dropout | None) -> Any:
+    """The backend for the dropout of an output; one with an explicit mask runs on the reference."""
+    explicit = dropout is not None and dropout.keep is not None
+    return _module(_BY_NAME["reference"]) if explicit else backend_of(x)
 
 
 def _module(name: str) -> ModuleType:

@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 
 from numpy.typing import NDArray
 
-from mha.dispatch import backend_for, backend_of
+from mha.dispatch import backend_for, backend_of, dropout_backend
 from mha.masks import MaskSpec, for_multi_head_attention
 from mha.matrix import heads_of, rows_of
 from mha.optional import array_module
 from mha.packing import PackedLayout
 from mha.problem import AttentionProblem, Dropout, check_dtypes, checked_probability, shapes_of, usable
-from mha.projection import linear_gradients, project_heads, project_output, sum_over_heads
+from mha.projection import linear_gradients, project_heads, project_output, sum_over
 from mha.random import DropoutState, next_state
 
 Array = NDArray[Any]
@@ -120,12 +120,13 @@ def forward(call: Call) -> tuple[Array, Array | None]:
     if call.need_weights:
         attn_weights = attention.attention_weights(problem, lse, call.average)
         if call.batched and not call.average:
-            attn_weights = attn_weights.reshape(-1, *attn_weights.shape[2:])
+            attn_weights = attn_weights.reshape(problem.batch * problem.heads, *attn_weights.shape[2:])
         elif not call.batched:
             attn_weights = attn_weights[0]
     output = project_output(backend, z, weights.get("o_weight"), weights.get("o_bias"))
     if call.output_dropout is not None or call.reslink:
-        output = backend.output_dropout(output, call.output_dropout, call.inputs["query"] if call.reslink else None)
+        residual = call.inputs["query"] if call.reslink else None
+        output = dropout_backend(output, call.output_dropout).output_dropout(output, call.output_dropout, residual)
     call.problem, call.heads, call.lse = problem, z, lse
     return output if call.batched else output[0], attn_weights
 
@@ -141,7 +142,7 @@ def backward(call: Call, grad_output: Array, grad_weights: Array | None, mask_gr
     targets = layout.views(grad_vector)
     residual = grad if call.reslink else None
     if call.output_dropout is not None:
-        grad = backend.output_dropout(grad, call.output_dropout)
+        grad = dropout_backend(grad, call.output_dropout).output_dropout(grad, call.output_dropout)
     grad_z = _output_gradient(call, backend, grad, targets)
     shapes = _mask_shapes(call) if mask_gradients else {}
     *grads, mask_grads = backend_for(problem).attention_backward(
@@ -256,7 +257,7 @@ def _input_gradient(call: Call, backend: Any, name: str, grad_heads: Array, targ
     own = grad_heads[:, :, : x.shape[1]]
     weight = call.weights.get(f"{letter}_weight")
     if weight is None:
-        return sum_over_heads(own)
+        return sum_over(own, 1)
     grad_x = call.xp.empty(x.shape, x.dtype)
     linear_gradients(backend, rows_of(x), heads_of(own), weight, targets[f"{letter}_weight"],
                      targets.get(f"{letter}_bias"), rows_of(grad_x))  # fmt: skip
@@ -277,10 +278,8 @@ def _bias_row_gradients(call: Call, grad_key: Array, grad_value: Array) -> tuple
 
 def _bias_row_gradient(grad: Array, projected: int, row: Array) -> Array:
     """grad (N, Hk, D) -> (1, 1, Hk*D), or (1, 1, D) for a row that every head got whole."""
-    total = sum_over_heads(grad.swapaxes(0, 1)[None])[0]
-    if not projected:
-        total = sum_over_heads(total[None])
-    return total.reshape(row.shape)
+    total = sum_over(grad, 0)
+    return (total if projected else sum_over(total, 0)).reshape(row.shape)
 
 
 def _mask_shapes(call: Call) -> dict[str, tuple[int, int, int, int]]:

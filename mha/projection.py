@@ -70,9 +70,9 @@ def linear_gradients(
         backend.product(Matrix(one, (0,), (1,)), grad, Matrix(grad_bias.reshape(1, -1), (0,), (1,)))
 
 
-def sum_over_heads(grad: Array) -> Array:
-    """Gradient of an input that every head got whole: (N, H, T, F) -> (N, T, F), summed in the computing dtype."""
-    return grad.astype(COMPUTING[grad.dtype], copy=False).sum(axis=1).astype(grad.dtype, copy=False)
+def sum_over(grad: Array, axis: int) -> Array:
+    """Sum over an axis, in the computing dtype: the samples, or heads that all got the same input."""
+    return grad.astype(COMPUTING[grad.dtype], copy=False).sum(axis=axis).astype(grad.dtype, copy=False)
 
 
 def sum_to_shape(grad: Array, shape: tuple[int, ...]) -> Array:

@@ -74,7 +74,7 @@ cdef void load_query_panel(const AttentionParams* p, QueryScratch* scratch, bint
 
 cdef bint score_gradients(const AttentionParams* p, QueryScratch* scratch, int64_t j, int64_t count, Block key,
                           Block value, const real* kind) noexcept nogil:
-    """scratch.gradient[count][lanes] = gradient of the scores of keys j .. j + count. Returns whether some are hidden."""
+    """scratch.gradient[count][lanes] = gradient of the scores of keys j .. j + count. Whether some are hidden."""
     cdef Panel* panel = &scratch.panel
     cdef Py_ssize_t width = panel.width, i
     cdef real* probability = <real*>scratch.probability

@@ -38,14 +38,15 @@ MHA_FUNCTION void MHA_NAME(softcap_gradient)(ptrdiff_t vectors, MHA_REAL *ds, co
 }
 
 /* s += bias, one value a lane or one for the row. Two finite minima add to a finite minimum: their row is uniform,
- * not empty; a bias of -inf hides. */
+ * not empty. A bias of -inf hides, and what is hidden already stays so. */
 MHA_FUNCTION void MHA_NAME(add_bias)(ptrdiff_t vectors, MHA_REAL *s, const MHA_REAL *bias, int one_for_the_row)
 {
     const VECTOR lowest = MHA_NAME(v_set)(LOWEST), none = MHA_NAME(v_set)((MHA_REAL)-INFINITY);
     for (ptrdiff_t v = 0; v < vectors; v++, s += LANES) {
         const VECTOR b = one_for_the_row ? MHA_NAME(v_set)(*bias) : MHA_NAME(v_load)(bias + v * LANES);
-        const VECTOR sum = MHA_NAME(v_max)(lowest, MHA_NAME(v_load)(s) + b);
-        MHA_NAME(v_store)(s, MHA_NAME(v_select)(b == none, none, sum));
+        const VECTOR before = MHA_NAME(v_load)(s);
+        const BITS hidden = (BITS)(b == none) | (BITS)(before == none);
+        MHA_NAME(v_store)(s, MHA_NAME(v_select)(hidden, none, MHA_NAME(v_max)(lowest, before + b)));
     }
 }
 

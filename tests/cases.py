@@ -85,6 +85,7 @@ class Case:
             bias[: max(1, self.queries // 4)] = np.finfo(np.float32).min
         if self.mask == "float_inf":
             bias = np.where(rng.random(shape) < 0.3, -np.inf, bias)
+            bias[: max(1, self.queries // 4)] = -np.inf
         return bias.astype(np.float32 if self.mask == "float_minima" and np.dtype(dtype).itemsize == 2 else dtype)
 
 
@@ -148,6 +149,7 @@ def _shapes() -> list[Case]:
               for q, k, o in [(1, 1000, {}), (3, 700, {"is_causal": True, "causal_offset": 500}),
                               (1, 600, {"window": 100, "causal_offset": 400}), (8, 300, {"softcap": 3.0})]]  # fmt: skip
     cases.append(Case("decode_masked", "shape", queries=2, keys=900, mask="bool_2d", lengths=True))
+    cases.append(Case("decode_float_inf", "shape", queries=3, keys=300, mask="float_inf"))
     cases.append(Case("decode_dropout", "shape", queries=1, keys=900,
                       options={"dropout_p": 0.4, "dropout_state": (99, 3)}))  # fmt: skip
     return cases
