@@ -12,7 +12,7 @@ from mha import masks
 from mha.dispatch import backend_for
 from mha.mask_checks import Window
 from mha.optional import array_module
-from mha.problem import AttentionProblem, Dropout, checked_probability, shapes_of, usable
+from mha.problem import AttentionProblem, Dropout, RowStatistics, checked_probability, shapes_of, usable
 from mha.projection import sum_to_shape
 from mha.random import DropoutState, next_state
 
@@ -101,7 +101,7 @@ def scaled_dot_product_attention(
     """
     problem = _problem(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, softcap,
                        causal_offset, key_lengths, query_lengths, _drawn(dropout_p, dropout_state))  # fmt: skip
-    output, lse = backend_for(problem).attention_forward(problem)
+    output, lse, _ = backend_for(problem).attention_forward(problem)
     shape = (*problem.batch_shape, *output.shape[-3:])
     if query.ndim == key.ndim == value.ndim == 2:
         output, lse = output[0], lse[0]
@@ -167,7 +167,9 @@ def scaled_dot_product_attention_backward(
     arrays = {name: _as_forward(name, x, shape, problem) for name, (x, shape) in named.items()}
     float_mask = mask_gradients and problem.mask.pair_bias is not None
     shapes = [_mask_shape(attn_mask, problem)] if float_mask and attn_mask is not None else []
-    *gradients, summed = backend_for(problem).attention_backward(problem, **arrays, mask_shapes=shapes)
+    *gradients, summed = backend_for(problem).attention_backward(
+        problem, arrays["grad_output"], arrays["output"], RowStatistics(arrays["lse"]), mask_shapes=shapes
+    )
     mask_gradient = None
     if shapes and attn_mask is not None:
         full = summed[0].reshape(*(problem.batch_shape if shapes[0][0] > 1 else (1,)), *shapes[0][1:])

@@ -13,7 +13,7 @@ from mha.masks import MaskSpec, for_multi_head_attention
 from mha.matrix import heads_of, rows_of
 from mha.optional import array_module
 from mha.packing import PackedLayout
-from mha.problem import AttentionProblem, Dropout, check_dtypes, checked_probability, shapes_of, usable
+from mha.problem import AttentionProblem, Dropout, RowStatistics, check_dtypes, checked_probability, shapes_of, usable
 from mha.projection import linear_gradients, project_heads, project_output, sum_over
 from mha.random import DropoutState, next_state
 
@@ -49,7 +49,7 @@ class Call:
     weights: dict[str, Array] = field(default_factory=dict)
     problem: AttentionProblem | None = None
     heads: Array | None = None
-    lse: Array | None = None
+    rows: RowStatistics | None = None
 
     @classmethod
     def build(cls, **p: Any) -> Call:
@@ -115,10 +115,10 @@ def forward(call: Call) -> tuple[Array, Array | None]:
     problem = AttentionProblem.build(**heads, mask=call.spec, scale=call.scale, softcap=call.softcap,
                                      dropout=call.dropout)  # fmt: skip
     attention = backend_for(problem)
-    z, lse = attention.attention_forward(problem, heads_last=True)
+    z, _, rows = attention.attention_forward(problem, heads_last=True)
     attn_weights = None
     if call.need_weights:
-        attn_weights = attention.attention_weights(problem, lse, call.average)
+        attn_weights = attention.attention_weights(problem, rows, call.average)
         if call.batched and not call.average:
             attn_weights = attn_weights.reshape(problem.batch * problem.heads, *attn_weights.shape[2:])
         elif not call.batched:
@@ -127,7 +127,7 @@ def forward(call: Call) -> tuple[Array, Array | None]:
     if call.output_dropout is not None or call.reslink:
         residual = call.inputs["query"] if call.reslink else None
         output = dropout_backend(output, call.output_dropout).output_dropout(output, call.output_dropout, residual)
-    call.problem, call.heads, call.lse = problem, z, lse
+    call.problem, call.heads, call.rows = problem, z, rows
     return output if call.batched else output[0], attn_weights
 
 
@@ -146,7 +146,7 @@ def backward(call: Call, grad_output: Array, grad_weights: Array | None, mask_gr
     grad_z = _output_gradient(call, backend, grad, targets)
     shapes = _mask_shapes(call) if mask_gradients else {}
     *grads, mask_grads = backend_for(problem).attention_backward(
-        problem, grad_z, z, call.lse, _like_weights(call, grad_weights),
+        problem, grad_z, z, call.rows, _like_weights(call, grad_weights),
         1.0 / layout.num_heads if call.average else 1.0, list(shapes.values()),
     )  # fmt: skip
     inputs = [

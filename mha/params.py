@@ -55,7 +55,7 @@ ATTENTION = Table(
              "target", "pair_keep", "pair_bias"),
             VIEW_FIELDS,
         ),
-        *("lse", "row_scale", "delta"),
+        *("lse", "shift", "row_scale", "delta"),
         *("left", "right", "offset", "row_low", "row_high", "key_lengths", "query_lengths", "key_keep", "key_bias"),
         "pair_hides",
         *("dropout", "threshold", "seed", "dropout_offset", "total_heads", "batch_start", "head_start", "query_start"),

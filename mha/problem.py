@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,16 @@ class Dropout:
     p: float
     state: DropoutState | None = None
     keep: Array | None = None
+
+
+class RowStatistics(NamedTuple):
+    """What turns a score back into a probability, (*batch, H, L) each: exp(score - shift) * scale; None is 1.
+
+    The forward gives maximum and 1 / sum. The log-sum-exp alone serves too, at the price of its rounding.
+    """
+
+    shift: Array
+    scale: Array | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from mha import reference
 from mha.matrix import Matrix
 from mha.optional import array_module
-from mha.problem import COMPUTING, AttentionProblem, Dropout
+from mha.problem import COMPUTING, AttentionProblem, Dropout, RowStatistics
 
 Array = NDArray[Any]
 
@@ -22,15 +22,15 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
     return []
 
 
-def attention_forward(problem: AttentionProblem, heads_last: bool = False) -> tuple[Array, Array]:
+def attention_forward(problem: AttentionProblem, heads_last: bool = False) -> tuple[Array, Array, RowStatistics]:
     """See `mha.cpu.attention_forward`."""
     output, lse, _ = _forward(problem)
     if heads_last:
         output = array_module(output).ascontiguousarray(output.swapaxes(-2, -3)).swapaxes(-2, -3)
-    return output, lse
+    return output, lse, RowStatistics(lse)
 
 
-def attention_weights(problem: AttentionProblem, lse: Array, average: bool) -> Array:
+def attention_weights(problem: AttentionProblem, rows: RowStatistics, average: bool) -> Array:
     """See `mha.cpu.attention_weights`."""
     weights = _forward(problem)[2]
     if not average:
@@ -42,7 +42,7 @@ def attention_backward(
     problem: AttentionProblem,
     grad_output: Array,
     output: Array,
-    lse: Array,
+    rows: RowStatistics,
     grad_weights: Array | None = None,
     grad_weights_scale: float = 1.0,
     mask_shapes: Sequence[tuple[int, int, int, int]] = (),

@@ -115,8 +115,9 @@ cdef void backward_block(const AttentionParams* p, BackwardScratch* scratch, Py_
     cdef real* gradient = <real*>scratch.gradient
     cdef real* dropped = probability
     cdef real* slope = <real*>scratch.slope if p.softcap != 0 else NULL
-    cdef const real* lse = <const real*>p.lse + (panel.sample * p.heads + head) * p.queries + i
-    cdef const real* delta = <const real*>p.delta + (panel.sample * p.heads + head) * p.queries + i
+    cdef int64_t row = (panel.sample * p.heads + head) * p.queries + i
+    cdef const real* shift = <const real*>p.shift + row
+    cdef const real* delta = <const real*>p.delta + row
     cdef Block query = query_rows(&p.query, panel.sample, head, i, count, p.head_dim, <real*>scratch.query)
     cdef Block grad_output = query_rows(&p.grad_output, panel.sample, head, i, count, p.v_head_dim,
                                         <real*>scratch.grad_output)
@@ -126,8 +127,8 @@ cdef void backward_block(const AttentionParams* p, BackwardScratch* scratch, Py_
                  <const real*>scratch.key, width, probability, width, 0)
     cdef bint partial = mask_query_scores(p, panel, head, i, count, probability, <real*>scratch.spare, slope)
     for t in range(count):
-        softmax_replay_row(vectors, probability + t * width, lse[t] if lse[t] != <real>(-INFINITY) else INFINITY,
-                           (<const real*>p.row_scale)[lse + t - <const real*>p.lse] if p.row_scale != NULL else 1)
+        softmax_replay_row(vectors, probability + t * width, shift[t] if shift[t] != <real>(-INFINITY) else INFINITY,
+                           (<const real*>p.row_scale)[row + t] if p.row_scale != NULL else 1)
     tile_product(count, vectors, p.v_head_dim, <const real*>grad_output.data, grad_output.row, grad_output.column,
                  <const real*>scratch.value, width, gradient, width, 0)
     if p.grad_weights.data != NULL:

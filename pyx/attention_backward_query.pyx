@@ -19,7 +19,7 @@ cdef struct QueryScratch:
     char* query                     # [D][lanes], scaled
     char* grad_output               # [Dv][lanes]
     char* grad_query                # [D][lanes]
-    char* lse
+    char* shift
     char* row_scale
     char* delta
     char* probability               # [key_block][lanes], and so are the next three
@@ -39,7 +39,7 @@ cdef Py_ssize_t carve_query(const AttentionParams* p, char* base, QueryScratch* 
     scratch.query = carve(&cursor, p.head_dim * width * size)
     scratch.grad_output = carve(&cursor, p.v_head_dim * width * size)
     scratch.grad_query = carve(&cursor, p.head_dim * width * size)
-    scratch.lse = carve(&cursor, width * size)
+    scratch.shift = carve(&cursor, width * size)
     scratch.row_scale = carve(&cursor, width * size)
     scratch.delta = carve(&cursor, width * size)
     scratch.probability = carve(&cursor, tile)
@@ -53,9 +53,9 @@ cdef Py_ssize_t carve_query(const AttentionParams* p, char* base, QueryScratch* 
 
 cdef void load_query_panel(const AttentionParams* p, QueryScratch* scratch, bint gradients,
                            const real* kind) noexcept nogil:
-    """Queries and the rows' statistics, for `gradients` also theirs; a row without a key gets lse = +inf: p = 0."""
+    """Queries and the rows' statistics, for `gradients` also theirs; a row without a key gets shift = +inf: p = 0."""
     cdef Panel* panel = &scratch.panel
-    cdef real* lse = <real*>scratch.lse
+    cdef real* shift = <real*>scratch.shift
     cdef real* delta = <real*>scratch.delta
     cdef Py_ssize_t q
     cdef int64_t row
@@ -64,12 +64,12 @@ cdef void load_query_panel(const AttentionParams* p, QueryScratch* scratch, bint
         load_panel(&p.grad_output, panel, p.v_head_dim, 1, <real*>scratch.grad_output)
     for q in range(panel.width):
         row = (panel.sample * p.heads + panel.head[q]) * p.queries + panel.query[q]
-        lse[q] = (<const real*>p.lse)[row]
+        shift[q] = (<const real*>p.shift)[row]
         (<real*>scratch.row_scale)[q] = (<const real*>p.row_scale)[row] if p.row_scale != NULL else 1
         if gradients:
             delta[q] = (<const real*>p.delta)[row]
-        if lse[q] == <real>(-INFINITY):
-            lse[q] = <real>INFINITY
+        if shift[q] == <real>(-INFINITY):
+            shift[q] = <real>INFINITY
 
 
 cdef bint score_gradients(const AttentionParams* p, QueryScratch* scratch, int64_t j, int64_t count, Block key,
@@ -84,7 +84,7 @@ cdef bint score_gradients(const AttentionParams* p, QueryScratch* scratch, int64
     tile_product(count, panel.vectors, p.head_dim, <const real*>key.data, key.row, key.column,
                  <const real*>scratch.query, width, probability, width, 0)
     cdef bint partial = mask_scores(p, panel, j, count, probability, spare, slope)
-    softmax_replay(count, panel.vectors, probability, <const real*>scratch.lse,
+    softmax_replay(count, panel.vectors, probability, <const real*>scratch.shift,
                    <const real*>scratch.row_scale if p.row_scale != NULL else NULL)
     tile_product(count, panel.vectors, p.v_head_dim, <const real*>value.data, value.row, value.column,
                  <const real*>scratch.grad_output, width, gradient, width, 0)

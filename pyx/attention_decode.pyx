@@ -5,7 +5,7 @@ splits depends on the problem only, and the partial results are combined in thei
 of threads. ("Flash-Decoding", Dao et al., 2023.)
 """
 from cython.parallel cimport parallel, threadid
-from libc.math cimport INFINITY, log
+from libc.math cimport INFINITY
 from libc.stdint cimport int64_t
 from libc.string cimport memset
 from params cimport AttentionParams, TensorView, checked_params
@@ -142,7 +142,6 @@ cdef void combine_splits(const AttentionParams* p, int64_t item, const real* kin
     cdef Py_ssize_t size = partial_size(p, kind), group = p.heads // p.kv_heads
     cdef int64_t n = item // p.kv_heads, kv_head = item % p.kv_heads, split, head
     cdef real* first = <real*>p.partials + item * p.splits * size
-    cdef real* lse = <real*>p.lse
     cdef real* part
     cdef real top, total, factor, own
     for r in range(rows):
@@ -163,9 +162,7 @@ cdef void combine_splits(const AttentionParams* p, int64_t item, const real* kin
                 else:
                     first[r * columns + d] += part[r * columns + d] * factor
         head = kv_head * group + r // p.queries
-        if lse != NULL:
-            lse[(n * p.heads + head) * p.queries + r % p.queries] = (top + <real>log(total) if total != 0
-                                                                     else <real>(-INFINITY))
+        store_statistics(p, (n * p.heads + head) * p.queries + r % p.queries, top, total)
         store_vector(<int>p.output.storage, p.output.data, element(&p.output, n, head, r % p.queries), p.output.column,
                      p.v_head_dim, first + r * columns, 1, 1 / total if total != 0 else 0)
 

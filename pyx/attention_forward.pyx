@@ -73,19 +73,23 @@ cdef void absorb_block(const AttentionParams* p, ForwardScratch* scratch, Py_ssi
                      output, width, 1)
 
 
+cdef inline void store_statistics(const AttentionParams* p, int64_t row, real maximum, real sum) noexcept nogil:
+    """The row's log-sum-exp, and for the backward what it is made of: the logarithm's rounding is lost on them."""
+    (<real*>p.lse)[row] = maximum + <real>log(sum) if sum != 0 else <real>(-INFINITY)
+    if p.shift != NULL:
+        (<real*>p.shift)[row] = maximum
+        (<real*>p.row_scale)[row] = 1 / sum if sum != 0 else 0
+
+
 cdef void finish_panel(const AttentionParams* p, ForwardScratch* scratch, Py_ssize_t i,
                        const real* kind) noexcept nogil:
     """Divides by the sums and stores the output and the log-sum-exp."""
     cdef Panel* panel = &scratch.panels[i]
     cdef real* maximum = <real*>scratch.maximum[i]
     cdef real* sum = <real*>scratch.sum[i]
-    cdef real* lse = <real*>p.lse
     cdef Py_ssize_t q
-    cdef int64_t row
     for q in range(panel.rows):
-        if lse != NULL:
-            row = (panel.sample * p.heads + panel.head[q]) * p.queries + panel.query[q]
-            lse[row] = maximum[q] + <real>log(sum[q]) if sum[q] != 0 else <real>(-INFINITY)
+        store_statistics(p, (panel.sample * p.heads + panel.head[q]) * p.queries + panel.query[q], maximum[q], sum[q])
     for q in range(panel.width):
         sum[q] = 1 / sum[q] if sum[q] != 0 else 0
     scale_lanes(p.v_head_dim, panel.vectors, <real*>scratch.output[i], sum)

@@ -1,4 +1,4 @@
-"""What needs the probabilities themselves, recomputed tile by tile from the log-sum-exp.
+"""What needs the probabilities themselves, recomputed tile by tile.
 
 Five modes: the weights written per head; averaged over the heads in (N, L, S) memory; the gradient of an additive
 mask, summed over the axes that the mask broadcasts; the share that a gradient of the returned weights has in
@@ -20,7 +20,7 @@ cdef enum:
     MODE_AVERAGE = 1                # target (N, 1, L, T)
     MODE_MASK_GRADIENT = 2          # target (1 | N, 1 | H, 1 | L, S)
     MODE_DELTA = 3                  # delta += rowsum(weights * grad_weights)
-    MODE_ROW_SCALE = 4              # row_scale = 1 / rowsum(exp(score - lse))
+    MODE_ROW_SCALE = 4              # row_scale = 1 / rowsum(exp(score - shift))
     KEY_CHUNK = 256                 # keys of the target that an item owns
 
 
@@ -47,7 +47,7 @@ cdef void weights_tile(const AttentionParams* p, WeightsScratch* scratch, int64_
     tile_product(count, panel.vectors, p.head_dim, <const real*>key.data, key.row, key.column,
                  <const real*>scratch.rows.query, panel.width, probability, panel.width, 0)
     mask_scores(p, panel, j, count, probability, <real*>scratch.rows.spare, <real*>NULL)
-    softmax_replay(count, panel.vectors, probability, <const real*>scratch.rows.lse,
+    softmax_replay(count, panel.vectors, probability, <const real*>scratch.rows.shift,
                    <const real*>scratch.rows.row_scale if p.row_scale != NULL and p.mode != MODE_ROW_SCALE else NULL)
     if p.dropout and p.mode != MODE_ROW_SCALE:
         drop_scores(p, panel, j, count, probability)

@@ -41,7 +41,8 @@ cdef struct AttentionParams:
     TensorView pair_keep            # bool
     TensorView pair_bias
     void* lse                       # (N, H, L), natural logarithm, in the computing type
-    void* row_scale                 # (N, H, L) or NULL: probabilities are exp(score - lse) * row_scale
+    void* shift                     # (N, H, L): probabilities are exp(score - shift) * row_scale; NULL is 1
+    void* row_scale
     void* delta                     # (N, H, L), rowsum(grad_output * output) and the share of grad_weights
     # masks: query i stands at i + offset and sees position - left <= key <= position + right; -1 is unlimited
     int64_t left

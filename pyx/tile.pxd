@@ -29,8 +29,8 @@ cdef extern from "lanes.h" nogil:
     double exp_one_f64(double x)
     int softmax_absorb(Py_ssize_t keys, Py_ssize_t vectors, void* s, void* maximum, void* sum, void* rescale)
     void scale_lanes(Py_ssize_t rows, Py_ssize_t vectors, void* x, const void* factor)
-    void softmax_replay(Py_ssize_t keys, Py_ssize_t vectors, void* s, const void* lse, const void* scale)
-    void softmax_replay_row(Py_ssize_t vectors, void* s, double lse, double scale)
+    void softmax_replay(Py_ssize_t keys, Py_ssize_t vectors, void* s, const void* shift, const void* scale)
+    void softmax_replay_row(Py_ssize_t vectors, void* s, double shift, double scale)
     void softmax_gradient(Py_ssize_t rows, Py_ssize_t vectors, const void* p, void* dp, const void* delta,
                           int delta_is_per_row)
     # mask.h

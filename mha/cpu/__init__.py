@@ -12,7 +12,7 @@ from mha.cpu import launch, load
 from mha.cpu.plan import AttentionPlan, Facts, Sizes, plan_backward, plan_forward, plan_product, plan_rows
 from mha.cpu.threads import get_num_threads
 from mha.matrix import Matrix
-from mha.problem import COMPUTING, AttentionProblem, Dropout
+from mha.problem import COMPUTING, AttentionProblem, Dropout, RowStatistics
 
 Array = NDArray[Any]
 
@@ -32,8 +32,8 @@ def unsupported_reasons(problem: AttentionProblem) -> list[str]:
     return reasons
 
 
-def attention_forward(problem: AttentionProblem, heads_last: bool = False) -> tuple[Array, Array]:
-    """Output (*batch, H, L, Dv) and log-sum-exp (*batch, H, L).
+def attention_forward(problem: AttentionProblem, heads_last: bool = False) -> tuple[Array, Array, RowStatistics]:
+    """Output (*batch, H, L, Dv), log-sum-exp (*batch, H, L), and the statistics that the functions below take.
 
     With `heads_last` the output is a view of (*batch, L, H, Dv) memory, so that its heads lie side by side.
     """
@@ -44,20 +44,23 @@ def attention_forward(problem: AttentionProblem, heads_last: bool = False) -> tu
     else:
         output = np.empty(shape, p.dtype)
     lse = np.empty(shape[:-1], p.computing)
+    rows = RowStatistics(np.empty_like(lse), np.empty_like(lse))
     if not lse.size:
-        return output, lse
+        return output, lse, rows
     plan = plan_forward(sizes_of(p), _facts(p.computing))
     block = launch.attention(p)
     launch.follow(block, plan)
     block.view("output", output, p.batch_shape)
     block.pointer("lse", lse)
+    block.pointer("shift", rows.shift)
+    block.pointer("row_scale", rows.scale)
     if plan.kernel == "attention_decode":
         block.room("partials", _partials_size(block))
     _run(block, plan)
-    return output, lse
+    return output, lse, rows
 
 
-def attention_weights(problem: AttentionProblem, lse: Array, average: bool) -> Array:
+def attention_weights(problem: AttentionProblem, rows: RowStatistics, average: bool) -> Array:
     """Weights after dropout: (*batch, H, L, T), or averaged over the heads (*batch, L, T)."""
     p = problem
     heads = 1 if average else p.heads
@@ -65,7 +68,7 @@ def attention_weights(problem: AttentionProblem, lse: Array, average: bool) -> A
     if not weights.size or not p.heads:
         return weights[..., 0, :, :] if average else weights
     block = launch.attention(p)
-    _statistics(block, p, lse)
+    _statistics(block, p, rows)
     block.view("target", weights, p.batch_shape)
     block.set(mode=_AVERAGE if average else _WEIGHTS, target_batch=p.batch, target_heads=heads)
     block.set(target_rows=p.queries, target_keys=p.keys)
@@ -77,7 +80,7 @@ def attention_backward(
     problem: AttentionProblem,
     grad_output: Array,
     output: Array,
-    lse: Array,
+    rows: RowStatistics,
     grad_weights: Array | None = None,
     grad_weights_scale: float = 1.0,
     mask_shapes: Sequence[tuple[int, int, int, int]] = (),
@@ -87,7 +90,8 @@ def attention_backward(
     Parameters
     ----------
     grad_output, output : (*batch, H, L, Dv)
-    lse : (*batch, H, L)
+    rows : RowStatistics
+        The forward's, or those of a log-sum-exp.
     grad_weights : (*batch, H or 1, L, T), optional
         Gradient of the returned weights; `grad_weights_scale` is 1 / H for averaged ones.
     mask_shapes : sequence of (N or 1, H or 1, L or 1, S)
@@ -99,7 +103,7 @@ def attention_backward(
         return zeros[0], zeros[1], zeros[2], [np.zeros(shape, p.computing) for shape in mask_shapes]
     block = launch.attention(p)
     delta = np.empty((*p.batch_shape, p.heads, p.queries), p.computing)
-    _statistics(block, p, lse)
+    _statistics(block, p, rows)
     block.pointer("delta", delta)
     block.view("output", output, p.batch_shape)
     block.view("grad_output", grad_output, p.batch_shape)
@@ -121,15 +125,19 @@ def attention_backward(
     return grad_query, grad_key, grad_value, [_mask_gradient(block, p, shape) for shape in mask_shapes]
 
 
-def _statistics(block: launch.Launch, problem: AttentionProblem, lse: Array) -> None:
-    """What turns a score back into a probability: the log-sum-exp, and a factor for rows it is too coarse for.
+#: A log-sum-exp carries its rounding, a relative 2**-24 times its size (float32), into every probability of the row.
+#: Up to this size that is a few ulp. Beyond it a pass over the scores makes up for it: the finite minimum of a mask
+#: swallows the logarithm of the sum whole.
+_COARSE = 32.0
 
-    Beside a maximum of 2**24, or 2**53 in float64, the logarithm of the sum is lost to rounding.
-    """
-    block.pointer("lse", np.ascontiguousarray(lse, problem.computing))
-    coarse = 0.25 / np.finfo(problem.computing).eps
-    if ((np.abs(lse) > coarse) & np.isfinite(lse)).any():
-        block.pointer("row_scale", np.empty(lse.shape, problem.computing))
+
+def _statistics(block: launch.Launch, problem: AttentionProblem, rows: RowStatistics) -> None:
+    shift = np.ascontiguousarray(rows.shift, problem.computing)
+    block.pointer("shift", shift)
+    if rows.scale is not None:
+        block.pointer("row_scale", rows.scale)
+    elif ((np.abs(shift) > _COARSE) & np.isfinite(shift)).any():
+        block.pointer("row_scale", np.empty(shift.shape, problem.computing))
         block.set(mode=_ROW_SCALE)
         _run_rows(block, problem)
 
