@@ -55,6 +55,8 @@ class Call:
     def build(cls, **p: Any) -> Call:
         """Check a call of `multi_head_attention`, whose parameters these are."""
         given = {name: p[name] for name in ("query", "key", "value")}
+        if p["io_weight_bias"] is None:
+            raise TypeError("io_weight_bias is None, not an array. Pass one of no elements if no projection is on.")
         xp = array_module(*given.values(), p["io_weight_bias"], p["bias_k"], p["bias_v"])
         check_dtypes(given | {n: p[n] for n in ("io_weight_bias", "bias_k", "bias_v") if p[n] is not None})
         batched = _check_inputs(given, p["embed_dim"])

@@ -31,7 +31,7 @@ if bfloat16 is not None:
     COMPUTING[bfloat16] = np.dtype(np.float32)
 
 #: Sizes and strides are 64-bit; what does not fit an index is refused before anything is allocated.
-_MOST_ELEMENTS = 2**62
+_MOST_ELEMENTS = 2**59
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,9 @@ def test_weights(name: str, dtype: str, average: bool, level: str) -> None:
     elif average:
         pytest.skip("no heads to average over")
     # NumPy sums the products of a single query in many lanes, of several (a matrix product) in one, as the kernel does.
-    slack = np.finfo(problem.computing).eps * problem.head_dim**0.5 * right.max(initial=0) if problem.queries == 1 else 0
+    slack = (
+        np.finfo(problem.computing).eps * problem.head_dim**0.5 * right.max(initial=0) if problem.queries == 1 else 0
+    )
     assert_as_good_as_naive(cpu.attention_weights(problem, rows, average), close, right, "weights", slack)
 
 
