@@ -1,6 +1,10 @@
 """Work items, handed to the team of threads one by one. See schedule.h."""
 from libc.stdint cimport int64_t
-from cpython.exc cimport PyErr_CheckSignals, PyErr_Occurred
+
+cdef extern from "Python.h":
+    # not cpython.exc's: these must not raise here, the exception waits for the entry function
+    int PyErr_CheckSignals() noexcept
+    void* PyErr_Occurred() noexcept
 
 cdef extern from "schedule.h" nogil:
     ctypedef struct mha_schedule:
@@ -50,6 +54,6 @@ cdef inline char* carve(char** cursor, Py_ssize_t size) noexcept nogil:
 
 cdef inline int finished(const mha_schedule* schedule) except -1:
     """The size of the team; raises what a signal handler raised."""
-    if schedule_stopped(schedule) and PyErr_Occurred():
+    if schedule_stopped(schedule) and PyErr_Occurred() != NULL:
         return -1
     return schedule.team
