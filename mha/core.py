@@ -237,7 +237,7 @@ def _dropout(p: float, state: tuple[int, int] | None) -> Dropout | None:
 def _as_forward(name: str, x: Array, shape: tuple[int, ...], problem: AttentionProblem) -> Array:
     """Something the forward returned, or its gradient, with the problem's axes."""
     array_module(problem.query, x)
-    if math.prod(x.shape) != math.prod(shape) or x.shape[-2:] != shape[-2:]:
+    if _padded(x.shape, len(shape)) != shape:
         raise ValueError(f"{name} {x.shape} does not fit the inputs, which give {shape}. Pass what the forward gave.")
     wanted = problem.computing if name == "lse" else problem.dtype
     if x.dtype != wanted:
