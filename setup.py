@@ -46,6 +46,7 @@ KERNELS = [
     "attention_decode",
     "product",
     "output_dropout",
+    "fma_peak",
 ]
 
 

@@ -1,0 +1,135 @@
+"""``python -m bench``: this package against unfused NumPy, PyTorch and onnxruntime, interleaved in time."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.cases import Job, jobs
+from bench.libraries import LIBRARIES
+from bench.report import COLUMNS, ratios, row_of, table
+
+
+class Worker:
+    """One library in its own process."""
+
+    def __init__(self, library: str, threads: int) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
+        command = [sys.executable, "-m", "bench.worker", library, str(threads)]
+        folder = Path(__file__).resolve().parents[1]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=folder
+        )
+        self.unavailable = self._answer().get("unavailable")
+
+    def run(self, job: Job, seconds: float) -> dict[str, Any]:
+        """Time a job for about so long."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"job": job.name, "seconds": seconds}) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"the worker ended with status {self.process.wait()}")
+        return dict(json.loads(line))
+
+    def close(self) -> None:
+        """End the process."""
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        self.process.wait(timeout=30)
+
+
+def fma_peak(threads: int) -> float:
+    """GFLOP/s of register-to-register multiply-adds on all threads, best of several."""
+    from mha.cpu import load
+
+    kernel = load.kernels(load.chosen_level()).fma_rounds
+    best = 0.0
+    for _ in range(5):
+        start = time.perf_counter()
+        operations = kernel(2_000_000)
+        best = max(best, operations / (time.perf_counter() - start) * 1e-9)
+    return best * threads
+
+
+def measure(job: Job, workers: dict[str, Worker], rounds: int, seconds: float) -> dict[str, Any]:
+    """All libraries in turn, `rounds` times."""
+    answers: dict[str, list[dict[str, Any]]] = {}
+    for _ in range(rounds):
+        for name, worker in workers.items():
+            answer = worker.run(job, seconds)
+            if "seconds" in answer:
+                answers.setdefault(name, []).append(answer)
+    libraries = {}
+    for name, given in answers.items():
+        times = [t for answer in given for t in answer["seconds"]]
+        libraries[name] = {
+            "best": min(times),
+            "median": statistics.median(times),
+            "gflops": job.flops / min(times) * 1e-9,
+            "error": given[0]["error"],
+            "extra_bytes": given[0]["extra_bytes"],
+        }
+    return {"job": job.name, "kind": job.kind, "flops": job.flops, "libraries": libraries}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run; returns the exit status."""
+    from mha import get_num_threads
+
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--cases", default="*", help="pattern of case names, e.g. 'layer*'")
+    parser.add_argument("--rivals", default="numpy,torch,onnxruntime", help="(%(default)s)")
+    parser.add_argument("--threads", type=int, default=get_num_threads(), help="(%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each library (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=0.2, help="of one turn (%(default)s)")
+    parser.add_argument("--json", type=Path, help="also write one JSON object a line to this file")
+    parser.add_argument("--list", action="store_true", help="only list the cases")
+    options = parser.parse_args(argv)
+    chosen = [job for job in jobs() if fnmatch.fnmatch(job.name, options.cases)]
+    if options.list or not chosen:
+        print("\n".join(job.name for job in (chosen or jobs())))
+        return 0 if chosen else 1
+
+    names = ["mha", *(name for name in options.rivals.split(",") if name in LIBRARIES and name != "mha")]
+    workers = {name: Worker(name, options.threads) for name in names}
+    for name in [name for name, worker in workers.items() if worker.unavailable]:
+        print(f"{name}: passed over, {workers.pop(name).unavailable}")
+    peak = fma_peak(options.threads)
+    sgemm = 0.0
+    if "numpy" in workers:
+        yardstick = next(job for job in jobs() if job.name == "product 1024x768x768")
+        sgemm = measure(yardstick, {"numpy": workers["numpy"]}, 3, 0.2)["libraries"]["numpy"]["gflops"]
+    print(f"{options.threads} threads; float32 multiply-add peak {peak:.0f} GFLOP/s, NumPy's SGEMM {sgemm:.0f} GFLOP/s")
+    results = []
+    for i, job in enumerate(chosen):
+        if sys.stderr.isatty():
+            print(f"\r\033[K[{i + 1}/{len(chosen)}] {job.name}", end="", file=sys.stderr, flush=True)
+        results.append(measure(job, workers, options.rounds, options.seconds))
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr)
+    for worker in workers.values():
+        worker.close()
+    rivals = [name for name in workers if name != "mha"]
+    rows = [row_of(result, peak, sgemm) + ratios(result, rivals) for result in results]
+    print(table(rows, [*COLUMNS, *(f"{name}/ours" for name in rivals)]))
+    if options.json:
+        facts = {"threads": options.threads, "peak_gflops": peak, "sgemm_gflops": sgemm}
+        options.json.write_text("".join(json.dumps(result | facts) + "\n" for result in results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
