@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tolerance import DTYPES, spacing
 
 import mha
 from mha import PackedLayout
@@ -228,3 +229,20 @@ def test_leading_axes_broadcast(batch: tuple[int, ...]) -> None:
     np.testing.assert_allclose(gradients.value, full.value.reshape(-1, 1, 5, 3).sum(0), atol=1e-13)
     assert gradients.attn_mask.shape == mask.shape
     assert mha.scaled_dot_product_attention(q[..., 0, :, :] if not batch else q, k, v).shape[-1] == 3
+
+
+@pytest.mark.parametrize("dtype", [name for name in DTYPES if name.endswith("16")])
+def test_half_types_through_the_whole_layer(dtype: str) -> None:
+    """Stored as such, summed in float32: as good as the reference backend, and within a few ulp of float64."""
+    kind = DTYPES[dtype]
+    arguments = layer_arguments(dtype=np.float32, attn_mask=normal(L, S, dtype=np.float32))
+    half = {name: x.astype(kind) if isinstance(x, np.ndarray) else x for name, x in arguments.items()}
+    exact = {name: x.astype(np.float64) if isinstance(x, np.ndarray) else x for name, x in half.items()}
+    result, gradients = gradients_of(half)
+    truth, right = gradients_of(exact)
+    assert result.attn_output.dtype == kind
+    pairs = [(result.attn_output, truth.attn_output), *zip(gradients[:4], right[:4], strict=True)]
+    for found, expected in pairs:
+        assert found.dtype == kind
+        error = np.abs(found.astype(np.float64) - expected).max()
+        assert error <= 6 * spacing(kind) * np.abs(expected).max()
