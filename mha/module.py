@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from mha import convert, layer
+from mha.dispatch import backend_of
 from mha.functional import MultiHeadAttentionGradients
+from mha.matrix import rows_of
 from mha.packing import PackedLayout
 from mha.problem import checked_probability
 from mha.random import next_state
@@ -92,6 +94,7 @@ class MultiHeadAttention:
         self.training = True
         self._calls = threading.local()
         self._frozen = False
+        self._packed: dict[str, Any] = {}
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -139,6 +142,7 @@ class MultiHeadAttention:
             maybe_cudnn_style_mask=maybe_cudnn_style_mask, reslink=False, training=self.training,
             num_kv_heads=layout.num_kv_heads, scale=self.scale, window=None, softcap=None, causal_offset=0,
         )  # fmt: skip
+        call.weights |= self._packed
         result = layer.forward(call)
         self._calls.latest = call if self.training else None
         return result
@@ -174,12 +178,19 @@ class MultiHeadAttention:
         return self
 
     def freeze(self) -> Self:
-        """Evaluation mode with the parameters read-only, until `train` or a load."""
+        """Evaluation mode with the parameters read-only and laid out for the kernels, until `train` or a load.
+
+        Costs the memory of the weights once more and saves packing them in every call.
+        """
         self._writeable(False)
+        backend = backend_of(self.io_weight_bias)
+        views = self.layout.views(self.io_weight_bias)
+        self._packed = {name: backend.pack(rows_of(x)) for name, x in views.items() if name.endswith("weight")}
         return self.eval()
 
     def _writeable(self, flag: bool) -> None:
         self._frozen = not flag
+        self._packed = {}
         if self.xp is np:
             for x in (self.io_weight_bias, self.bias_k, self.bias_v):
                 if x is not None:
@@ -258,7 +269,7 @@ class MultiHeadAttention:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: x for name, x in self.__dict__.items() if name != "_calls"}
+        state = {name: x for name, x in self.__dict__.items() if name not in ("_calls", "_packed")}
         return state | {"xp": self.xp.__name__}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -267,7 +278,9 @@ class MultiHeadAttention:
         self.__dict__.update(state)
         self.xp = importlib.import_module(state["xp"])
         self._calls = threading.local()
-        self._writeable(not self._frozen)
+        self._packed = {}
+        if self._frozen:
+            self.freeze()
 
 
 def _xavier_uniform(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:

@@ -25,6 +25,9 @@ if bfloat16 is not None:
     STORAGE[bfloat16] = 3
 
 
+_INTEGER = struct.Struct("@q")
+
+
 class Table:
     """The fields of a struct, flattened: a member of a nested struct is `outer.inner`."""
 
@@ -37,6 +40,10 @@ class Table:
     def pack(self, values: list[Any]) -> bytearray:
         """The block that a kernel takes."""
         return bytearray(self._struct.pack(*values))
+
+    def put(self, block: bytearray, name: str, value: int) -> None:
+        """Change one whole number of a packed block."""
+        _INTEGER.pack_into(block, _INTEGER.size * self.index[name], value)
 
 
 def _nested(outer: Iterable[str], inner: Iterable[str]) -> list[str]:
@@ -71,7 +78,7 @@ PRODUCT = Table(
     [
         *("m", "n", "k"),
         *_nested(("left", "right", "out"), MATRIX_FIELDS),
-        *("bias", "threads", "vectors", "row_block", "panels", "k_block", "in_place"),
+        *("bias", "threads", "vectors", "row_block", "panels", "k_block", "right_lies"),
         *("main_thread", "packed", "scratch", "scratch_bytes"),
     ]
 )

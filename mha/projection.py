@@ -11,14 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mha.matrix import Matrix, heads_of, rows_of
-from mha.optional import array_module
+from mha.optional import array_module, is_array
 from mha.problem import COMPUTING
 
 Array = NDArray[Any]
 
 
 def project_heads(
-    backend: Any, x: Array, weight: Array | None, bias: Array | None, heads: int, appended: list[Array | None]
+    backend: Any, x: Array, weight: Any, bias: Array | None, heads: int, appended: list[Array | None]
 ) -> Array:
     """x (N, T, F) -> (N, H, T + appended, D).
 
@@ -34,13 +34,13 @@ def project_heads(
             x = xp.concatenate([x, *(xp.broadcast_to(row, (batch, 1, width)) for row in rows)], axis=1)
         return xp.broadcast_to(x[:, None], (batch, heads, total, width))
     out = xp.empty((batch, heads, total, weight.shape[1] // heads), x.dtype)
-    backend.product(rows_of(x), rows_of(weight), heads_of(out[:, :, :length]), bias)
+    backend.product(rows_of(x), as_right(weight), heads_of(out[:, :, :length]), bias)
     for i, row in enumerate(appended):
         out[:, :, length + i] = 0 if row is None else row.reshape(1, heads, -1)
     return out
 
 
-def project_output(backend: Any, heads: Array, weight: Array | None, bias: Array | None) -> Array:
+def project_output(backend: Any, heads: Array, weight: Any, bias: Array | None) -> Array:
     """Heads (N, H, L, Dv), side by side in memory, -> (N, L, O); without a weight they are the output."""
     xp = array_module(heads)
     batch, count, length, width = heads.shape
@@ -48,8 +48,13 @@ def project_output(backend: Any, heads: Array, weight: Array | None, bias: Array
     if weight is None:
         return joined
     out = xp.empty((batch, length, weight.shape[1]), heads.dtype)
-    backend.product(rows_of(joined), rows_of(weight), rows_of(out), bias)
+    backend.product(rows_of(joined), as_right(weight), rows_of(out), bias)
     return out
+
+
+def as_right(weight: Any) -> Any:
+    """A weight as the right operand of a product: an array, or what a backend's `pack` has made of one."""
+    return rows_of(weight) if is_array(weight) else weight
 
 
 def linear_gradients(

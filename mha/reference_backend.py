@@ -71,6 +71,11 @@ def product(left: Matrix, right: Matrix, out: Matrix, bias: Array | None = None)
     out.assign(value)
 
 
+def pack(right: Matrix) -> Matrix:
+    """See `mha.cpu.pack`."""
+    return right
+
+
 def output_dropout(x: Array, dropout: Dropout | None, residual: Array | None = None) -> Array:
     """See `mha.cpu.output_dropout`."""
     if dropout is not None:

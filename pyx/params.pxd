@@ -110,9 +110,9 @@ cdef struct ProductParams:
     int64_t row_block               # rows of `out` in a work item
     int64_t panels                  # panels of columns in a work item
     int64_t k_block
-    int64_t in_place                # panels of `right` are used where they lie, not packed first
+    int64_t right_lies              # 0: to be packed first; 1: used where it lies; 2: packed already
     int64_t main_thread
-    char* packed                    # room for `right` in panels; unused with in_place
+    char* packed                    # `right` in panels, or room for it
     char* scratch
     int64_t scratch_bytes           # of one thread
 

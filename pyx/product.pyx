@@ -13,6 +13,10 @@ from storage cimport native_storage
 from schedule cimport (mha_schedule, schedule_start, schedule_take, schedule_finish, schedule_join, schedule_stop,
                        schedule_stopped, keep_going, wait_for_others, wait_for_all, finished, carve)
 
+cdef enum:
+    TO_BE_PACKED = 0
+    IN_PLACE = 1
+
 
 cdef struct ProductScratch:
     char* left                      # a packed block of `left`: [row_block][k_block], or transposed
@@ -125,7 +129,7 @@ cdef void product_item(const ProductParams* p, ProductScratch* scratch, int64_t 
         left = left_block(p, scratch, i, rows, k, count, &row, &column, kind)
         for panel in range(first_panel, last):
             vectors = (min(width, p.n - panel * width) + lanes(kind) - 1) // lanes(kind)
-            if p.in_place:
+            if p.right_lies == IN_PLACE:
                 right = <const real*>p.right.data + k * p.right.row_inner + panel * width
                 stride = p.right.row_inner
             else:
@@ -177,7 +181,7 @@ cdef void product_worker(const ProductParams* p, mha_schedule* packing, mha_sche
 cdef int run_product(const ProductParams* p, const real* kind) except -1:
     cdef mha_schedule packing, schedule
     cdef int64_t width = p.vectors * lanes(kind), panels = (p.n + width - 1) // width
-    schedule_start(&packing, 0 if p.in_place else panels, <int>p.main_thread)
+    schedule_start(&packing, panels if p.right_lies == TO_BE_PACKED else 0, <int>p.main_thread)
     schedule_start(&schedule, (p.m + p.row_block - 1) // p.row_block * ((panels + p.panels - 1) // p.panels),
                    <int>p.main_thread)
     with nogil, parallel(num_threads=<int>p.threads):
@@ -195,7 +199,7 @@ def product_scratch(const unsigned char[::1] params, bint double_precision):
 
 
 def product(const unsigned char[::1] params, bint double_precision):
-    """Writes out = left @ right + bias; returns the size of the team of threads."""
+    """Writes out = left @ right + bias, with m = 0 only `right` in panels; returns the size of the team of threads."""
     cdef const ProductParams* p = checked_product_params(params)
     if double_precision:
         return run_product(p, <const double*>NULL)

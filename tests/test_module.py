@@ -11,6 +11,7 @@ import pytest
 
 import mha
 from mha import MultiHeadAttention, convert
+from mha.cpu import load
 
 
 def x(*shape: int, dtype: Any = np.float32, salt: int = 0) -> Any:
@@ -93,6 +94,22 @@ def test_frozen_parameters_are_read_only_until_training() -> None:
     layer.load_state_dict(MultiHeadAttention(8, 2, add_bias_kv=True).state_dict())
     assert (layer.io_weight_bias != 0).any()
     layer.io_weight_bias[...] = 1
+
+
+def test_frozen_weights_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = MultiHeadAttention(48, 4).eval()
+    for length in (3, 70):
+        inputs = x(2, length, 48)
+        plain = layer(inputs, inputs, inputs)[0]
+        layer.freeze()
+        assert set(layer._packed) == {"q_weight", "k_weight", "v_weight", "o_weight"}
+        np.testing.assert_array_equal(layer(inputs, inputs, inputs)[0], plain)
+        layer.train().eval()
+        assert not layer._packed
+    layer.freeze()
+    for level in load.runnable_levels():
+        monkeypatch.setenv("MHA_CPU_ISA", level)
+        np.testing.assert_allclose(layer(inputs, inputs, inputs)[0], plain, atol=1e-5)
 
 
 def test_state_goes_out_and_in() -> None:

@@ -47,15 +47,16 @@ def attention_forward(problem: AttentionProblem, heads_last: bool = False) -> tu
     rows = RowStatistics(np.empty_like(lse), np.empty_like(lse))
     if not lse.size:
         return output, lse, rows
-    plan = plan_forward(sizes_of(p), _facts(p.computing))
-    block = launch.attention(p)
+    facts = _facts(p.computing)
+    plan = plan_forward(sizes_of(p), facts)
+    block = launch.attention(p, facts.kernels)
     launch.follow(block, plan)
     block.view("output", output, p.batch_shape)
     block.pointer("lse", lse)
     block.pointer("shift", rows.shift)
     block.pointer("row_scale", rows.scale)
     if plan.kernel == "attention_decode":
-        block.room("partials", _partials_size(block))
+        block.room("partials", facts.kernels.attention_decode_partials(block.packed(), block.double))
     _run(block, plan)
     return output, lse, rows
 
@@ -67,12 +68,13 @@ def attention_weights(problem: AttentionProblem, rows: RowStatistics, average: b
     weights = np.zeros((*p.batch_shape, heads, p.queries, p.keys), p.dtype)
     if not weights.size or not p.heads:
         return weights[..., 0, :, :] if average else weights
-    block = launch.attention(p)
-    _statistics(block, p, rows)
+    facts = _facts(p.computing)
+    block = launch.attention(p, facts.kernels)
+    _statistics(block, p, rows, facts)
     block.view("target", weights, p.batch_shape)
     block.set(mode=_AVERAGE if average else _WEIGHTS, target_batch=p.batch, target_heads=heads)
     block.set(target_rows=p.queries, target_keys=p.keys)
-    _run_rows(block, p)
+    _run_rows(block, p, facts)
     return weights[..., 0, :, :] if average else weights
 
 
@@ -101,28 +103,29 @@ def attention_backward(
     if not p.batch * p.heads:
         zeros = [np.zeros((*p.batch_shape, *x.shape[-3:]), p.dtype) for x in (p.query, p.key, p.value)]
         return zeros[0], zeros[1], zeros[2], [np.zeros(shape, p.computing) for shape in mask_shapes]
-    block = launch.attention(p)
+    facts = _facts(p.computing)
+    block = launch.attention(p, facts.kernels)
     delta = np.empty((*p.batch_shape, p.heads, p.queries), p.computing)
-    _statistics(block, p, rows)
+    _statistics(block, p, rows, facts)
     block.pointer("delta", delta)
     block.view("output", output, p.batch_shape)
     block.view("grad_output", grad_output, p.batch_shape)
-    _run(block, plan_rows("attention_delta", sizes_of(p), _facts(p.computing)))
+    _run(block, plan_rows("attention_delta", sizes_of(p), facts))
     if grad_weights is not None:
         everywhere = np.broadcast_to(grad_weights, (*p.batch_shape, p.heads, p.queries, p.keys))
         block.view("grad_weights", everywhere, p.batch_shape)
         block.set(grad_weights_scale=grad_weights_scale, mode=_DELTA)
-        _run_rows(block, p)
+        _run_rows(block, p, facts)
     gradients = []
     for name, x in (("query", p.query), ("key", p.key), ("value", p.value)):
         gradient = np.empty((*p.batch_shape, *x.shape[-3:]), p.dtype)
         block.view(f"grad_{name}", gradient, p.batch_shape)
         gradients.append(gradient)
-    for plan in plan_backward(sizes_of(p), _facts(p.computing)):
+    for plan in plan_backward(sizes_of(p), facts):
         launch.follow(block, plan)
         _run(block, plan)
     grad_query, grad_key, grad_value = gradients
-    return grad_query, grad_key, grad_value, [_mask_gradient(block, p, shape) for shape in mask_shapes]
+    return grad_query, grad_key, grad_value, [_mask_gradient(block, p, shape, facts) for shape in mask_shapes]
 
 
 #: A log-sum-exp carries its rounding, a relative 2**-24 times its size (float32), into every probability of the row.
@@ -131,7 +134,7 @@ def attention_backward(
 _COARSE = 32.0
 
 
-def _statistics(block: launch.Launch, problem: AttentionProblem, rows: RowStatistics) -> None:
+def _statistics(block: launch.Launch, problem: AttentionProblem, rows: RowStatistics, facts: Facts) -> None:
     shift = np.ascontiguousarray(rows.shift, problem.computing)
     block.pointer("shift", shift)
     if rows.scale is not None:
@@ -139,38 +142,52 @@ def _statistics(block: launch.Launch, problem: AttentionProblem, rows: RowStatis
     elif ((np.abs(shift) > _COARSE) & np.isfinite(shift)).any():
         block.pointer("row_scale", np.empty(shift.shape, problem.computing))
         block.set(mode=_ROW_SCALE)
-        _run_rows(block, problem)
+        _run_rows(block, problem, facts)
 
 
-def _mask_gradient(block: launch.Launch, problem: AttentionProblem, shape: tuple[int, int, int, int]) -> Array:
+def _mask_gradient(
+    block: launch.Launch, problem: AttentionProblem, shape: tuple[int, int, int, int], facts: Facts
+) -> Array:
     gradient = np.empty(shape, problem.computing)
     batch, heads, rows, keys = shape
     block.view("target", gradient, (batch,))
     block.set(mode=_MASK_GRADIENT, target_batch=batch, target_heads=heads, target_rows=rows, target_keys=keys)
-    _run_rows(block, problem)
+    _run_rows(block, problem, facts)
     return gradient
 
 
-def product(left: Matrix, right: Matrix, out: Matrix, bias: Array | None = None) -> None:
-    """out = left @ right + bias, summed in the computing dtype of the operands' own."""
+def product(left: Matrix, right: Matrix | launch.PackedMatrix, out: Matrix, bias: Array | None = None) -> None:
+    """out = left @ right + bias, summed in the computing dtype of the operands' own; `right` may be one of `pack`."""
     computing = COMPUTING[out.array.dtype]
     (m, k), n = left.shape, right.shape[1]
     if m == 0 or n == 0:
         return
     facts = _facts(computing)
+    if isinstance(right, launch.PackedMatrix):
+        if right.kernels is facts.kernels:
+            launch.product(left, right, out, bias, plan_product(m, n, k, False, facts), facts)
+            return
+        right = right.matrix
     x = right.array
     in_place = (
         x.dtype == computing and len(right.row_axes) == 1 and len(right.column_axes) == 1 and n % facts.lanes == 0
         and x.strides[right.column_axes[0]] == x.itemsize
     )  # fmt: skip
-    launch.product(left, right, out, bias, plan_product(m, n, k, in_place, facts), computing)
+    launch.product(left, right, out, bias, plan_product(m, n, k, in_place, facts), facts)
+
+
+def pack(right: Matrix) -> launch.PackedMatrix:
+    """The right operand of many products, laid out for them once."""
+    facts = _facts(COMPUTING[right.array.dtype])
+    return launch.pack(right, plan_product(1024, right.shape[1], right.shape[0], False, facts), facts)
 
 
 def output_dropout(x: Array, dropout: Dropout | None, residual: Array | None = None) -> Array:
     """Dropout of a layer's output (N, L, E), plus the residual."""
     out = np.empty(x.shape, x.dtype)
     if out.size:
-        launch.output_dropout(x, residual, out, dropout, get_num_threads() if x.size > 100_000 else 1)
+        facts = _facts(COMPUTING[x.dtype])
+        launch.output_dropout(x, residual, out, dropout, facts, facts.threads if x.size > 100_000 else 1)
     return out
 
 
@@ -181,20 +198,15 @@ def sizes_of(problem: AttentionProblem) -> Sizes:
 
 
 def _facts(computing: np.dtype[Any]) -> Facts:
-    vector_bytes = load.kernels(load.chosen_level()).VECTOR_BYTES
-    return Facts(vector_bytes // computing.itemsize, computing.itemsize, get_num_threads())
-
-
-def _partials_size(block: launch.Launch) -> int:
     kernels = load.kernels(load.chosen_level())
-    return int(kernels.attention_decode_partials(block.table.pack(block.values), block.double))
+    return Facts(kernels.VECTOR_BYTES // computing.itemsize, computing.itemsize, get_num_threads(), kernels)
 
 
 def _run(block: launch.Launch, plan: AttentionPlan) -> None:
     block.run(plan.kernel, plan.threads)
 
 
-def _run_rows(block: launch.Launch, problem: AttentionProblem) -> None:
-    plan = plan_rows("attention_weights", sizes_of(problem), _facts(problem.computing))
+def _run_rows(block: launch.Launch, problem: AttentionProblem, facts: Facts) -> None:
+    plan = plan_rows("attention_weights", sizes_of(problem), facts)
     launch.follow(block, plan)
     _run(block, plan)

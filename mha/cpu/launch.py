@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import threading
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mha.cpu import load
-from mha.cpu.plan import AttentionPlan, ProductPlan
+from mha.cpu.plan import AttentionPlan, Facts, ProductPlan
 from mha.masks import MaskSpec
 from mha.matrix import Matrix
 from mha.params import ATTENTION, PRODUCT, STORAGE, Table
@@ -21,6 +21,23 @@ Array = NDArray[Any]
 
 _LINE = 64
 
+#: How the right operand of a product lies; 0 is to be packed first.
+_IN_PLACE, _PACKED = 1, 2
+
+
+class PackedMatrix(NamedTuple):
+    """A matrix together with its panels, for one instruction-set level."""
+
+    matrix: Matrix
+    memory: Array
+    address: int
+    kernels: ModuleType
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.matrix.shape
+
 
 class Launch:
     """A parameter block under construction, with everything it points to kept alive.
@@ -28,8 +45,9 @@ class Launch:
     Plain lists and one `struct` call: filling a NumPy record field by field took most of a small layer's time.
     """
 
-    def __init__(self, table: Table, computing: np.dtype[Any]) -> None:
+    def __init__(self, table: Table, kernels: ModuleType, computing: np.dtype[Any]) -> None:
         self.table = table
+        self.kernels = kernels
         self.values: list[Any] = [0] * len(table.names)
         self.double = computing == np.float64
         self.computing = computing
@@ -61,13 +79,18 @@ class Launch:
 
     def run(self, kernel: str, threads: int) -> int:
         """Allocate what the kernel asks for and call it; returns the size of its team of threads."""
-        module = load.kernels(load.chosen_level())
-        need = getattr(module, f"{kernel}_scratch")(self.table.pack(self.values), self.double)
+        block = self.packed()
+        need = getattr(self.kernels, f"{kernel}_scratch")(block, self.double)
         memory, address = _aligned(need * threads)
-        self.set(threads=threads, scratch_bytes=need, scratch=address)
-        team = int(getattr(module, kernel)(self.table.pack(self.values), self.double))
+        for name, value in (("threads", threads), ("scratch_bytes", need), ("scratch", address)):
+            self.table.put(block, name, value)
+        team = int(getattr(self.kernels, kernel)(block, self.double))
         del memory  # alive until here
         return team
+
+    def packed(self) -> bytearray:
+        """The block as it stands."""
+        return self.table.pack(self.values)
 
     def room(self, name: str, size: int) -> None:
         """Memory for a field of the block, aligned to a cache line."""
@@ -93,10 +116,10 @@ def _offsets(x: Array, batch_shape: tuple[int, ...]) -> Array:
     return np.ascontiguousarray(offsets).reshape(-1)
 
 
-def attention(problem: AttentionProblem) -> Launch:
+def attention(problem: AttentionProblem, kernels: ModuleType) -> Launch:
     """The part of the block that every attention kernel reads: sizes, inputs, masks, dropout."""
     p = problem
-    launch = Launch(ATTENTION, p.computing)
+    launch = Launch(ATTENTION, kernels, p.computing)
     launch.set(batch=p.batch, heads=p.heads, kv_heads=p.kv_heads, queries=p.queries, keys=p.keys)
     launch.set(head_dim=p.head_dim, v_head_dim=p.v_head_dim, extra=p.mask.extra, softcap=p.softcap or 0.0)
     exact = p.scale > 0 and math.frexp(p.scale)[0] == 0.5
@@ -145,9 +168,11 @@ def _dropout(launch: Launch, dropout: Dropout | None, heads: int) -> None:
         launch.set(seed=seed, dropout_offset=dropout.state.offset)
 
 
-def output_dropout(x: Array, residual: Array | None, out: Array, dropout: Dropout | None, threads: int) -> None:
+def output_dropout(
+    x: Array, residual: Array | None, out: Array, dropout: Dropout | None, facts: Facts, threads: int
+) -> None:
     """out = dropout(x) + residual, all (N, L, E)."""
-    launch = Launch(ATTENTION, COMPUTING[x.dtype])
+    launch = Launch(ATTENTION, facts.kernels, COMPUTING[x.dtype])
     launch.set(batch=x.shape[0], heads=1, kv_heads=1, queries=x.shape[1], head_dim=x.shape[2])
     named = {"query": x, "output": out} | ({} if residual is None else {"key": residual})
     for name, array in named.items():
@@ -158,20 +183,41 @@ def output_dropout(x: Array, residual: Array | None, out: Array, dropout: Dropou
 
 
 def product(
-    left: Matrix, right: Matrix, out: Matrix, bias: Array | None, plan: ProductPlan, computing: np.dtype[Any]
+    left: Matrix, right: Matrix | PackedMatrix, out: Matrix, bias: Array | None, plan: ProductPlan, facts: Facts
 ) -> None:
     """out = left @ right + bias"""
-    launch = Launch(PRODUCT, computing)
+    launch = Launch(PRODUCT, facts.kernels, COMPUTING[out.array.dtype])
     launch.set(m=left.shape[0], k=left.shape[1], n=right.shape[1], main_thread=_in_main_thread())
-    for name, matrix in (("left", left), ("right", right), ("out", out)):
+    matrix = right.matrix if isinstance(right, PackedMatrix) else right
+    for name, matrix in (("left", left), ("right", matrix), ("out", out)):
         launch.fill(f"{name}.data", _matrix_view(matrix))
     launch.pointer("bias", bias)
     launch.set(vectors=plan.vectors, row_block=plan.row_block, panels=plan.panels, k_block=plan.k_block)
-    launch.set(in_place=plan.in_place)
-    if not plan.in_place:
-        width = plan.vectors * load.kernels(load.chosen_level()).VECTOR_BYTES // computing.itemsize
-        launch.room("packed", -(-right.shape[1] // width) * width * left.shape[1] * computing.itemsize)
+    if isinstance(right, PackedMatrix):
+        launch.set(right_lies=_PACKED, packed=right.address)
+    elif plan.in_place:
+        launch.set(right_lies=_IN_PLACE)
+    else:
+        launch.room("packed", _packed_size(right, plan, facts))
     launch.run("product", plan.threads)
+
+
+def pack(right: Matrix, plan: ProductPlan, facts: Facts) -> PackedMatrix:
+    """The right operand of products, in panels once and for all."""
+    launch = Launch(PRODUCT, facts.kernels, COMPUTING[right.array.dtype])
+    k, n = right.shape
+    launch.set(k=k, n=n, vectors=plan.vectors, row_block=1, panels=1, k_block=1, main_thread=_in_main_thread())
+    launch.fill("right.data", _matrix_view(right))
+    memory, address = _aligned(_packed_size(right, plan, facts))
+    launch.set(packed=address)
+    launch.run("product", plan.threads)
+    return PackedMatrix(right, memory, address, facts.kernels)
+
+
+def _packed_size(right: Matrix, plan: ProductPlan, facts: Facts) -> int:
+    k, n = right.shape
+    width = plan.vectors * facts.lanes
+    return -(-n // width) * width * k * facts.itemsize
 
 
 def _matrix_view(matrix: Matrix) -> tuple[int, ...]:
@@ -186,7 +232,8 @@ def _matrix_view(matrix: Matrix) -> tuple[int, ...]:
 
 
 def _element_strides(x: Array) -> tuple[int, ...]:
-    return tuple(stride // x.itemsize for stride in x.strides)
+    size = x.itemsize
+    return tuple([stride // size for stride in x.strides])
 
 
 def _in_main_thread() -> bool:

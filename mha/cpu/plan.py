@@ -7,6 +7,7 @@ panel it lies in, and the fused and the separate backward take the same sums in 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 #: Below this many floating-point operations waking the pool costs more than it gains (some ten microseconds).
 _SMALL_WORK = 3_000_000
@@ -22,11 +23,12 @@ _FUSED_BYTES = 8 * 2**20
 
 @dataclass(frozen=True)
 class Facts:
-    """What a plan depends on besides the problem: lanes of a vector, bytes of a real, threads at hand."""
+    """What a plan depends on besides the problem: lanes of a vector, bytes of a real, threads; and the kernels."""
 
     lanes: int
     itemsize: int
     threads: int
+    kernels: Any = None
 
 
 @dataclass(frozen=True)

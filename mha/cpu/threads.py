@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import os
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -47,8 +48,12 @@ def get_num_threads() -> int:
 
 @cache
 def default_limit() -> int:
-    """What OpenMP would use if nobody set a limit: the value at first use."""
-    return int(load.runtime().max_threads())
+    """What OpenMP would use if nobody had set a limit: what a thread sees that is new to it."""
+    found: list[int] = []
+    fresh = threading.Thread(target=lambda: found.append(int(load.runtime().max_threads())))
+    fresh.start()
+    fresh.join()
+    return found[0]
 
 
 def usable_cpus() -> int:
