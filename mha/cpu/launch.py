@@ -188,8 +188,8 @@ def product(
     """out = left @ right + bias"""
     launch = Launch(PRODUCT, facts.kernels, COMPUTING[out.array.dtype])
     launch.set(m=left.shape[0], k=left.shape[1], n=right.shape[1], main_thread=_in_main_thread())
-    matrix = right.matrix if isinstance(right, PackedMatrix) else right
-    for name, matrix in (("left", left), ("right", matrix), ("out", out)):
+    source = right.matrix if isinstance(right, PackedMatrix) else right
+    for name, matrix in (("left", left), ("right", source), ("out", out)):
         launch.fill(f"{name}.data", _matrix_view(matrix))
     launch.pointer("bias", bias)
     launch.set(vectors=plan.vectors, row_block=plan.row_block, panels=plan.panels, k_block=plan.k_block)
