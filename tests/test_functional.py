@@ -76,6 +76,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "reslink": dict(reslink=True, oproj_size=8),
     "bias_kv": dict(bias_k=normal(1, 1, 12, salt=3), bias_v=normal(1, 1, 6, salt=4), add_zero_attn=True),
     "dropout": dict(attn_drop=0.4, out_drop=0.3),
+    "dropout_of_appended_keys": dict(
+        attn_drop=0.5, add_zero_attn=True, bias_k=normal(1, 1, 12, salt=3), bias_v=normal(1, 1, 6, salt=4),
+    ),
     "averaged": dict(average_attn_weights=True),
     "softcap": dict(softcap=2.0, window=(2, 1)),
     "masks": dict(attn_mask=normal(N * H, L, S, salt=5), key_padding_mask=normal(N, S, salt=6)),
