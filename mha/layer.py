@@ -261,6 +261,9 @@ def _input_gradient(call: Call, backend: Any, name: str, grad_heads: Array, targ
     if weight is None:
         return sum_over(own, 1)
     grad_x = call.xp.empty(x.shape, x.dtype)
+    if not call.xp.isfinite(x).all():
+        # A position that took no part has gradient 0; what lies there must not reach the weights as 0 * NaN.
+        x = call.xp.where((own == 0).all(axis=(1, 3))[..., None], 0, x).astype(x.dtype)
     linear_gradients(backend, rows_of(x), heads_of(own), weight, targets[f"{letter}_weight"],
                      targets.get(f"{letter}_bias"), rows_of(grad_x))  # fmt: skip
     return grad_x

@@ -7,10 +7,11 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 
 import mha
-from mha.cpu import load, plan, threads
+from mha.cpu import launch, load, plan, threads
 
 BIG = plan.Sizes(4, 12, 12, 512, 512, 64, 64)
 FACTS = plan.Facts(lanes=16, itemsize=4, threads=2)
@@ -43,6 +44,29 @@ def test_the_backward_is_fused_where_heads_suffice() -> None:
 def test_scratch_of_the_fused_backward_is_bounded() -> None:
     long = plan.Sizes(8, 16, 16, 65536, 65536, 128, 128)
     assert not plan.plan_backward(long, FACTS)[0].fused
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_scratch_follows_the_documented_formula(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """README, "Memory"; the panels' index arrays are the small rest."""
+    needs: dict[str, int] = {}
+    original = launch.Launch.run
+
+    def recording(self: launch.Launch, kernel: str, threads: int) -> int:
+        needs[kernel] = getattr(self.kernels, f"{kernel}_scratch")(self.packed(), self.double)
+        return original(self, kernel, threads)
+
+    monkeypatch.setattr(launch.Launch, "run", recording)
+    heads, length, width = (8, 1024, 64) if fused else (1, 4096, 64)
+    q = np.zeros((1, heads, length, width), np.float32)
+    output, lse = mha.scaled_dot_product_attention(q, q, q, return_lse=True)
+    mha.scaled_dot_product_attention_backward(q, q, q, q, output, lse)
+    lanes = 4 * load.kernels(load.chosen_level()).VECTOR_BYTES // 4
+    tile = 64 * (2 * lanes + 2 * width)
+    forward, backward = 4 * (4 * lanes * width + tile), 4 * (5 * lanes * width + tile)
+    backward += 4 * length * width if "attention_backward_query" not in needs else 0
+    assert forward <= needs["attention_forward"] <= 1.15 * forward
+    assert 0.95 * backward <= needs["attention_backward"] <= 1.2 * backward + 16 * length
 
 
 @pytest.mark.parametrize("m", [1, 8, 24, 25, 4096])
