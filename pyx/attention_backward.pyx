@@ -13,6 +13,7 @@ from tile cimport (real, lanes, tile_product, tile_product_hiding, softmax_repla
                    softcap_gradient, multiply, load_vector, store_vector, all_finite)
 from key_panel cimport (KeyPanel, carve_key_panel, key_panels, fill_key_panel, any_visible, mask_query_scores,
                         query_drop_factors)
+from mask cimport key_exists
 from storage cimport Block, query_rows, block_finite, element
 from schedule cimport (mha_schedule, schedule_start, schedule_take, schedule_finish, schedule_join, keep_going,
                        wait_for_others, finished, carve)
@@ -68,15 +69,15 @@ cdef void load_keys(const AttentionParams* p, const TensorView* x, BackwardScrat
                     double factor, real* transposed, real* rows) noexcept nogil:
     """transposed[columns][lanes] = factor * x of the panel's keys, and rows[lanes][padded columns] = x if not NULL.
 
-    Keys that padding hides from the whole sample are zeros and never read.
+    Keys that the sample has not are zeros and never read.
     """
     cdef KeyPanel* panel = &scratch.panel
-    cdef int64_t own = p.keys - p.extra, t, d, stride = padded(columns, transposed)
+    cdef int64_t t, d, stride = padded(columns, transposed)
     memset(transposed, 0, columns * panel.width * sizeof(real))
     if rows != NULL:
         memset(rows, 0, panel.width * stride * sizeof(real))
     for t in range(panel.count):
-        if p.key_keep != NULL and not panel.appended and not p.key_keep[panel.sample * own + panel.first + t]:
+        if not key_exists(p, panel.sample, panel.first + t):
             continue
         load_vector(<int>x.storage, x.data, element(x, panel.sample, panel.kv_head, panel.first + t), x.column, columns,
                     transposed + t, panel.width)

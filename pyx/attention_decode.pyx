@@ -13,6 +13,7 @@ from tile cimport (real, lanes, tile_dots, tile_product, tile_product_hiding, so
                    exp_one, load_vector, store_vector)
 from key_panel cimport (KeyPanel, carve_key_panel, key_panels, fill_key_panel, any_visible, mask_query_scores,
                         query_drop_factors)
+from mask cimport key_exists
 from storage cimport native_storage, element
 from schedule cimport (mha_schedule, schedule_start, schedule_take, schedule_finish, schedule_join, keep_going,
                        wait_for_others, finished, carve)
@@ -51,15 +52,14 @@ cdef Py_ssize_t partial_size(const AttentionParams* p, const real* kind) noexcep
 cdef const real* panel_rows(const AttentionParams* p, const TensorView* x, const KeyPanel* panel, Py_ssize_t columns,
                             Py_ssize_t padded_columns, real* spare, int64_t* row) noexcept nogil:
     """The panel's keys or values with contiguous columns: in place if they lie so, else copied and padded."""
-    cdef int64_t own = p.keys - p.extra, t
-    cdef bint hidden = p.key_keep != NULL and panel.hidden and not panel.appended
-    if x.storage == native_storage(spare) and x.column == 1 and columns == padded_columns and not hidden:
+    cdef int64_t t
+    if x.storage == native_storage(spare) and x.column == 1 and columns == padded_columns and not panel.lacking:
         row[0] = x.row
         return <const real*>x.data + element(x, panel.sample, panel.kv_head, panel.first)
     row[0] = padded_columns
     for t in range(panel.count):
         memset(spare + t * padded_columns, 0, padded_columns * sizeof(real))
-        if not hidden or p.key_keep[panel.sample * own + panel.first + t]:
+        if key_exists(p, panel.sample, panel.first + t):
             load_vector(<int>x.storage, x.data, element(x, panel.sample, panel.kv_head, panel.first + t), x.column,
                         columns, spare + t * padded_columns, 1)
     return spare

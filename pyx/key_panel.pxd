@@ -8,7 +8,7 @@ from libc.stdint cimport int64_t, uint32_t
 from params cimport AttentionParams, TensorView
 from tile cimport (real, lanes, scale_scores, softcap_scores, add_bias, hide_flagged, hide_lanes, load_vector,
                    mha_philox_rows, drop_factors)
-from mask cimport visible_keys
+from mask cimport visible_keys, key_exists
 from storage cimport element
 from schedule cimport carve
 
@@ -22,6 +22,7 @@ cdef struct KeyPanel:
     Py_ssize_t width
     bint appended                   # these keys are the appended ones
     bint hidden                     # padding hides some of them, or spare lanes exist
+    bint lacking                    # the sample has not all of these keys
     bint finite                     # every value of these keys is finite
     char* lane_bias                 # added to each row: key_bias, -inf for what is hidden from all
     int64_t sample_of_ranges        # the sample low and high are of, -1 at first
@@ -60,15 +61,16 @@ cdef inline void fill_key_panel(const AttentionParams* p, KeyPanel* panel, Py_ss
     panel.count = min(width, (p.keys if panel.appended else own) - panel.first)
     panel.vectors = (panel.count + lanes(kind) - 1) // lanes(kind)
     panel.width = panel.vectors * lanes(kind)
+    panel.lacking = False
     panel.hidden = panel.count < panel.width or (p.key_bias != NULL and not panel.appended)
     for t in range(panel.width):
         bias[t] = 0 if t < panel.count else <real>(-INFINITY)
         if t < panel.count and not panel.appended:
             if p.key_bias != NULL:
                 bias[t] = (<const real*>p.key_bias)[n * own + panel.first + t]
-            if p.key_keep != NULL and not p.key_keep[n * own + panel.first + t]:
+            if not key_exists(p, n, panel.first + t):
                 bias[t] = <real>(-INFINITY)
-                panel.hidden = True
+                panel.hidden = panel.lacking = True
     if panel.sample_of_ranges != n:
         for i in range(p.queries):
             visible_keys(p, n, i, &panel.low[i], &panel.high[i])

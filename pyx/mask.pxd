@@ -128,13 +128,23 @@ cdef inline int64_t next_block(const AttentionParams* p, const Panel* panel, int
     return -1
 
 
+cdef inline bint key_exists(const AttentionParams* p, Py_ssize_t n, int64_t j) noexcept nogil:
+    """Whether sample `n` has key `j` at all: neither padding nor its length hides it. One that it has not is never read."""
+    cdef int64_t own = p.keys - p.extra
+    if j >= own:
+        return True
+    if p.key_lengths != NULL and j >= p.key_lengths[n]:
+        return False
+    return p.key_keep == NULL or p.key_keep[n * own + j]
+
+
 cdef inline bint block_has_hidden(const AttentionParams* p, Py_ssize_t n, int64_t j, int64_t count) noexcept nogil:
-    """Whether padding hides one of these keys from the whole sample."""
-    cdef int64_t own = p.keys - p.extra, t
-    if p.key_keep == NULL or j >= own:
+    """Whether the sample lacks one of these keys."""
+    cdef int64_t t
+    if p.key_keep == NULL and (p.key_lengths == NULL or j + count <= p.key_lengths[n]):
         return False
     for t in range(j, j + count):
-        if not p.key_keep[n * own + t]:
+        if not key_exists(p, n, t):
             return True
     return False
 
@@ -173,7 +183,7 @@ cdef inline bint mask_scores(const AttentionParams* p, Panel* panel, int64_t j, 
         if block_has_hidden(p, panel.sample, j, count):
             partial = True
             for t in range(count):
-                if not p.key_keep[panel.sample * own + j + t]:
+                if not key_exists(p, panel.sample, j + t):
                     for q in range(width):
                         s[t * width + q] = <real>(-INFINITY)
     if j < panel.all_start or j + count > panel.all_stop:

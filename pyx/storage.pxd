@@ -3,7 +3,7 @@ from libc.stdint cimport int64_t
 from libc.string cimport memset
 from params cimport AttentionParams, TensorView
 from tile cimport real, load_vector, store_vector, all_finite, MHA_FLOAT32, MHA_FLOAT64
-from mask cimport Panel, block_has_hidden
+from mask cimport Panel, block_has_hidden, key_exists
 
 
 cdef struct Block:
@@ -26,9 +26,9 @@ cdef inline int64_t element(const TensorView* x, Py_ssize_t n, Py_ssize_t h, int
 
 cdef inline Block key_rows(const AttentionParams* p, const TensorView* x, Py_ssize_t n, Py_ssize_t h, int64_t j,
                            int64_t count, Py_ssize_t columns, real* spare) noexcept nogil:
-    """Keys or values j .. j + count of a head. Rows hidden by padding are zeros: they are never read."""
+    """Keys or values j .. j + count of a head. Those the sample has not are zeros: they are never read."""
     cdef Block block
-    cdef int64_t own = p.keys - p.extra, t
+    cdef int64_t t
     cdef bint hidden = block_has_hidden(p, n, j, count)
     if x.storage == native_storage(spare) and not hidden:
         block.data = <real*>x.data + element(x, n, h, j)
@@ -39,7 +39,7 @@ cdef inline Block key_rows(const AttentionParams* p, const TensorView* x, Py_ssi
     block.row = columns
     block.column = 1
     for t in range(count):
-        if hidden and not p.key_keep[n * own + j + t]:
+        if hidden and not key_exists(p, n, j + t):
             memset(spare + t * columns, 0, columns * sizeof(real))
         else:
             load_vector(<int>x.storage, x.data, element(x, n, h, j + t), x.column, columns, spare + t * columns, 1)

@@ -162,3 +162,37 @@ def test_import_is_silent_and_light() -> None:
     assert run.stdout.strip() == "[]"
     assert run.stderr == ""
     assert time.perf_counter() - start < 10
+
+
+UNREADABLE = """
+import ctypes, mmap
+import numpy as np, mha
+page = mmap.PAGESIZE
+half = page // 256
+memory = mmap.mmap(-1, 2 * page)
+k = np.frombuffer(memory, np.float32).reshape(1, 1, 2 * half, 64)
+k[...] = 1
+assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(k.ctypes.data + page), page, 0) == 0
+for queries in (3, 70):
+    q = np.ones((1, 1, queries, 64), np.float32)
+    options = dict(key_lengths=np.array([half]))
+    output, lse = mha.scaled_dot_product_attention(q, k, k, return_lse=True, **options)
+    gradients = mha.scaled_dot_product_attention_backward(q, q, k, k, output, lse, **options)
+    assert (output == 1).all() and (gradients.key[:, :, half:] == 0).all()
+    padding = np.arange(2 * half)[None] >= half
+    result = mha.multi_head_attention(q[0], k[0], k[0], 64, 1, 0.0, 0.0, np.zeros(0, np.float32), 0, 0, 0, 0,
+                                      key_padding_mask=padding, need_weights=True)
+    assert (result.attn_output == 1).all()
+    mha.multi_head_attention_backward(q[0], result, result.attn_output_weights)
+print("never read")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="protects memory pages with mprotect")
+@pytest.mark.parametrize("threads", ["1", "8"])
+def test_keys_that_a_sample_does_not_have_are_never_read(threads: str) -> None:
+    """They lie in a page that may not be touched."""
+    code = f"import mha; mha.set_num_threads({threads}); mha.cpu.plan._SMALL_WORK = 0\n{UNREADABLE}"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "never read"
