@@ -129,7 +129,7 @@ cdef inline int64_t next_block(const AttentionParams* p, const Panel* panel, int
 
 
 cdef inline bint key_exists(const AttentionParams* p, Py_ssize_t n, int64_t j) noexcept nogil:
-    """Whether sample `n` has key `j` at all: neither padding nor its length hides it. One that it has not is never read."""
+    """Whether sample `n` has key `j` at all: neither padding nor its length hides it. Others are never read."""
     cdef int64_t own = p.keys - p.extra
     if j >= own:
         return True
