@@ -15,8 +15,7 @@ from key_panel cimport (KeyPanel, carve_key_panel, key_panels, fill_key_panel, a
                         query_drop_factors)
 from mask cimport key_exists
 from storage cimport Block, query_rows, block_finite, element
-from schedule cimport (mha_schedule, schedule_start, schedule_take, schedule_finish, schedule_join, keep_going,
-                       wait_for_others, finished, carve)
+from schedule cimport mha_schedule, schedule_start, keep_going, next_item, finished, carve
 
 
 cdef struct BackwardScratch:
@@ -219,20 +218,16 @@ cdef void backward_worker(const AttentionParams* p, int64_t panels, mha_schedule
                           const real* kind) noexcept nogil:
     cdef BackwardScratch scratch
     cdef int64_t item, index
-    schedule_join(schedule)
     carve_backward(p, p.scratch + thread * p.scratch_bytes, &scratch, kind)
-    while True:
-        item = schedule_take(schedule)
-        if item < 0 or not keep_going(schedule, thread):
-            break
+    item = next_item(schedule, thread, -1)
+    while item >= 0:
         index = item // (p.batch * p.kv_heads)      # the first keys are seen most under a causal mask
         item = item % (p.batch * p.kv_heads)
         if p.fused:
             backward_head(p, &scratch, item // p.kv_heads, item % p.kv_heads, schedule, thread, kind)
         else:
             backward_panel(p, &scratch, item // p.kv_heads, item % p.kv_heads, index, schedule, thread, kind)
-        schedule_finish(schedule)
-    wait_for_others(schedule, thread)
+        item = next_item(schedule, thread, item)
 
 
 cdef int run_backward(const AttentionParams* p, const real* kind) except -1:

@@ -10,8 +10,7 @@ from params cimport AttentionParams, checked_params
 from tile cimport (real, lanes, tile_product, tile_product_hiding, softmax_replay, softmax_gradient, softcap_gradient)
 from mask cimport Panel, carve_panel, fill_panel, next_block, mask_scores, drop_scores, load_pairs
 from storage cimport Block, key_rows, block_finite, load_panel, store_panel
-from schedule cimport (mha_schedule, schedule_start, schedule_take, schedule_finish, schedule_join, keep_going,
-                       wait_for_others, finished, carve)
+from schedule cimport mha_schedule, schedule_start, keep_going, next_item, finished, carve
 
 
 cdef struct QueryScratch:
@@ -135,18 +134,14 @@ cdef void backward_query_worker(const AttentionParams* p, mha_schedule* schedule
     cdef QueryScratch scratch
     cdef int64_t item, block, width = p.vectors * lanes(kind), total = p.heads // p.kv_heads * p.queries
     cdef int64_t blocks = (total + width - 1) // width
-    schedule_join(schedule)
     carve_query(p, p.scratch + thread * p.scratch_bytes, &scratch, kind)
-    while True:
-        item = schedule_take(schedule)
-        if item < 0 or not keep_going(schedule, thread):
-            break
+    item = next_item(schedule, thread, -1)
+    while item >= 0:
         block = blocks - 1 - item // (p.batch * p.kv_heads)
         item = item % (p.batch * p.kv_heads)
         backward_query_panel(p, item // p.kv_heads, item % p.kv_heads, block * width, min(width, total - block * width),
                              &scratch, schedule, thread, kind)
-        schedule_finish(schedule)
-    wait_for_others(schedule, thread)
+        item = next_item(schedule, thread, item)
 
 
 cdef int run_backward_query(const AttentionParams* p, const real* kind) except -1:

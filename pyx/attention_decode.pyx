@@ -15,8 +15,7 @@ from key_panel cimport (KeyPanel, carve_key_panel, key_panels, fill_key_panel, a
                         query_drop_factors)
 from mask cimport key_exists
 from storage cimport native_storage, element
-from schedule cimport (mha_schedule, schedule_start, schedule_take, schedule_finish, schedule_join, keep_going,
-                       wait_for_others, finished, carve)
+from schedule cimport mha_schedule, schedule_start, keep_going, next_item, finished, carve
 
 
 cdef struct DecodeScratch:
@@ -171,18 +170,14 @@ cdef void decode_worker(const AttentionParams* p, bint combine, mha_schedule* sc
                         const real* kind) noexcept nogil:
     cdef DecodeScratch scratch
     cdef int64_t item
-    schedule_join(schedule)
     carve_decode(p, p.scratch + thread * p.scratch_bytes, &scratch, kind)
-    while True:
-        item = schedule_take(schedule)
-        if item < 0 or not keep_going(schedule, thread):
-            break
+    item = next_item(schedule, thread, -1)
+    while item >= 0:
         if combine:
             combine_splits(p, item, kind)
         else:
             decode_split(p, &scratch, item, schedule, thread, kind)
-        schedule_finish(schedule)
-    wait_for_others(schedule, thread)
+        item = next_item(schedule, thread, item)
 
 
 cdef int run_decode(const AttentionParams* p, const real* kind) except -1:

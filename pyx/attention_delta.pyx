@@ -5,8 +5,7 @@ from libc.string cimport memset
 from params cimport AttentionParams, checked_params
 from tile cimport real, lanes, load_vector, tile_lane_dots, MHA_VECTOR_BYTES
 from storage cimport element
-from schedule cimport (mha_schedule, schedule_start, schedule_take, schedule_finish, schedule_join, keep_going,
-                       wait_for_others, finished, carve)
+from schedule cimport mha_schedule, schedule_start, next_item, finished, carve
 
 
 cdef enum:
@@ -41,14 +40,10 @@ cdef void delta_rows(const AttentionParams* p, Py_ssize_t n, Py_ssize_t head, ch
 
 cdef void delta_worker(const AttentionParams* p, mha_schedule* schedule, int thread, const real* kind) noexcept nogil:
     cdef int64_t item
-    schedule_join(schedule)
-    while True:
-        item = schedule_take(schedule)
-        if item < 0 or not keep_going(schedule, thread):
-            break
+    item = next_item(schedule, thread, -1)
+    while item >= 0:
         delta_rows(p, item // p.heads, item % p.heads, p.scratch + thread * p.scratch_bytes, kind)
-        schedule_finish(schedule)
-    wait_for_others(schedule, thread)
+        item = next_item(schedule, thread, item)
 
 
 cdef int run_delta(const AttentionParams* p, const real* kind) except -1:

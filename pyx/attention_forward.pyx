@@ -11,8 +11,7 @@ from params cimport AttentionParams, checked_params
 from tile cimport real, lanes, tile_product, tile_product_hiding, softmax_absorb, scale_lanes
 from mask cimport Panel, carve_panel, fill_panel, next_block, mask_scores, drop_scores
 from storage cimport Block, key_rows, block_finite, load_panel, store_panel
-from schedule cimport (mha_schedule, schedule_start, schedule_take, schedule_finish, schedule_join, keep_going,
-                       wait_for_others, finished, carve)
+from schedule cimport mha_schedule, schedule_start, keep_going, next_item, finished, carve
 
 cdef enum:
     MAX_PANELS = 4
@@ -136,18 +135,14 @@ cdef void forward_worker(const AttentionParams* p, mha_schedule* schedule, int t
     cdef int64_t item, block, blocks, rows = p.vectors * lanes(kind) * p.panels
     cdef int64_t total = p.heads // p.kv_heads * p.queries
     blocks = (total + rows - 1) // rows
-    schedule_join(schedule)
     carve_forward(p, p.scratch + thread * p.scratch_bytes, &scratch, kind)
-    while True:
-        item = schedule_take(schedule)
-        if item < 0 or not keep_going(schedule, thread):
-            break
+    item = next_item(schedule, thread, -1)
+    while item >= 0:
         # the last rows see most under a causal mask: longest first
         block = blocks - 1 - item // (p.batch * p.kv_heads)
         item = item % (p.batch * p.kv_heads)
         forward_block(p, item // p.kv_heads, item % p.kv_heads, block * rows, &scratch, schedule, thread, kind)
-        schedule_finish(schedule)
-    wait_for_others(schedule, thread)
+        item = next_item(schedule, thread, item)
 
 
 cdef int run_forward(const AttentionParams* p, const real* kind) except -1:

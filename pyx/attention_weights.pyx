@@ -12,8 +12,7 @@ from params cimport AttentionParams, checked_params
 from tile cimport real, lanes, tile_product, softmax_replay, store_vector
 from mask cimport Panel, fill_panel, next_block, mask_scores, drop_scores, load_pairs
 from storage cimport Block, key_rows, element
-from schedule cimport (mha_schedule, schedule_start, schedule_take, schedule_finish, schedule_join, keep_going,
-                       wait_for_others, finished, carve)
+from schedule cimport mha_schedule, schedule_start, keep_going, next_item, finished, carve
 
 cdef enum:
     MODE_WEIGHTS = 0                # target (N, H, L, T)
@@ -169,18 +168,14 @@ cdef void row_item(const AttentionParams* p, WeightsScratch* scratch, int64_t it
 cdef void weights_worker(const AttentionParams* p, mha_schedule* schedule, int thread, const real* kind) noexcept nogil:
     cdef WeightsScratch scratch
     cdef int64_t item
-    schedule_join(schedule)
     carve_weights(p, p.scratch + thread * p.scratch_bytes, &scratch, kind)
-    while True:
-        item = schedule_take(schedule)
-        if item < 0 or not keep_going(schedule, thread):
-            break
+    item = next_item(schedule, thread, -1)
+    while item >= 0:
         if p.mode >= MODE_DELTA:
             row_item(p, &scratch, item, schedule, thread, kind)
         else:
             weights_item(p, &scratch, item, schedule, thread, kind)
-        schedule_finish(schedule)
-    wait_for_others(schedule, thread)
+        item = next_item(schedule, thread, item)
 
 
 cdef int run_weights(const AttentionParams* p, const real* kind) except -1:

@@ -8,8 +8,7 @@ from libc.stdint cimport int64_t, uint32_t
 from params cimport AttentionParams, checked_params
 from tile cimport real, load_vector, store_vector, mha_philox_groups
 from storage cimport element
-from schedule cimport (mha_schedule, schedule_start, schedule_take, schedule_finish, schedule_join, keep_going,
-                       wait_for_others, finished, carve)
+from schedule cimport mha_schedule, schedule_start, next_item, finished, carve
 
 
 cdef void dropout_row(const AttentionParams* p, Py_ssize_t n, int64_t i, char* base, const real* kind) noexcept nogil:
@@ -35,14 +34,10 @@ cdef void dropout_row(const AttentionParams* p, Py_ssize_t n, int64_t i, char* b
 
 cdef void dropout_worker(const AttentionParams* p, mha_schedule* schedule, int thread, const real* kind) noexcept nogil:
     cdef int64_t item
-    schedule_join(schedule)
-    while True:
-        item = schedule_take(schedule)
-        if item < 0 or not keep_going(schedule, thread):
-            break
+    item = next_item(schedule, thread, -1)
+    while item >= 0:
         dropout_row(p, item // p.queries, item % p.queries, p.scratch + thread * p.scratch_bytes, kind)
-        schedule_finish(schedule)
-    wait_for_others(schedule, thread)
+        item = next_item(schedule, thread, item)
 
 
 cdef int run_dropout(const AttentionParams* p, const real* kind) except -1:

@@ -10,8 +10,8 @@ from libc.string cimport memset
 from params cimport MatrixView, ProductParams, checked_product_params
 from tile cimport real, lanes, tile_product, load_vector, store_vector
 from storage cimport native_storage
-from schedule cimport (mha_schedule, schedule_start, schedule_take, schedule_finish, schedule_join, schedule_stop,
-                       schedule_stopped, keep_going, wait_for_others, wait_for_all, finished, carve)
+from schedule cimport (mha_schedule, schedule_start, schedule_stop, schedule_stopped, wait_for_all, keep_going,
+                       next_item, finished, carve)
 
 cdef enum:
     TO_BE_PACKED = 0
@@ -158,24 +158,18 @@ cdef void product_worker(const ProductParams* p, mha_schedule* packing, mha_sche
     cdef ProductScratch scratch
     cdef int64_t item, width = p.vectors * lanes(kind), groups
     groups = ((p.n + width - 1) // width + p.panels - 1) // p.panels
-    schedule_join(schedule)
-    while True:
-        item = schedule_take(packing)
-        if item < 0 or not keep_going(packing, thread):
-            break
+    item = next_item(packing, thread, -1)
+    while item >= 0:
         pack_panel(p, item, kind)
-        schedule_finish(packing)
+        item = next_item(packing, thread, item)
     wait_for_all(packing, thread)
     if schedule_stopped(packing):
         schedule_stop(schedule)
     carve_product(p, p.scratch + thread * p.scratch_bytes, &scratch, kind)
-    while True:
-        item = schedule_take(schedule)
-        if item < 0 or not keep_going(schedule, thread):
-            break
+    item = next_item(schedule, thread, -1)
+    while item >= 0:
         product_item(p, &scratch, item // groups * p.row_block, item % groups * p.panels, schedule, thread, kind)
-        schedule_finish(schedule)
-    wait_for_others(schedule, thread)
+        item = next_item(schedule, thread, item)
 
 
 cdef int run_product(const ProductParams* p, const real* kind) except -1:

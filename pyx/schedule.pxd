@@ -38,6 +38,19 @@ cdef inline void wait_for_others(mha_schedule* schedule, int thread) noexcept no
                 return
 
 
+cdef inline int64_t next_item(mha_schedule* schedule, int thread, int64_t previous) noexcept nogil:
+    """The next work item, or -1 when none is left; `previous` is the one this thread has just done, -1 at first."""
+    cdef int64_t item
+    if previous < 0:
+        schedule_join(schedule)
+    else:
+        schedule_finish(schedule)
+    item = schedule_take(schedule) if keep_going(schedule, thread) else -1
+    if item < 0:
+        wait_for_others(schedule, thread)
+    return item
+
+
 cdef inline void wait_for_all(mha_schedule* schedule, int thread) noexcept nogil:
     """A barrier for one phase: every thread waits until every item is done."""
     while schedule_wait(schedule):
