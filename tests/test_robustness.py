@@ -196,3 +196,9 @@ def test_keys_that_a_sample_does_not_have_are_never_read(threads: str) -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "never read"
+
+
+@pytest.mark.skipif(getattr(sys, "_is_gil_enabled", lambda: True)(), reason="only for a free-threaded Python")
+def test_a_free_threaded_python_keeps_its_gil_off() -> None:
+    attend()
+    assert not sys._is_gil_enabled()
