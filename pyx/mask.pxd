@@ -102,7 +102,8 @@ cdef inline void fill_panel(const AttentionParams* p, Panel* panel, Py_ssize_t n
 cdef inline int64_t next_block(const AttentionParams* p, const Panel* panel, int64_t j, int64_t* count) noexcept nogil:
     """The first key and the size of the block at or after key `j` that holds a key some lane may see; -1: none left.
 
-    The appended keys are a block of their own; blocks in which padding hides everything are passed over.
+    Blocks end at multiples of the block size, so that a row's sums are made alike whichever rows share its panel. The
+    appended keys are a block of their own; blocks in which padding hides everything are passed over.
     """
     cdef int64_t own = p.keys - p.extra, stop
     cdef const unsigned char* keep = NULL
@@ -115,7 +116,7 @@ cdef inline int64_t next_block(const AttentionParams* p, const Panel* panel, int
             while j < stop and not keep[j]:
                 j += 1
         if j < stop:
-            stop = min(stop, j + p.key_block)
+            stop = min(stop, j - j % p.key_block + p.key_block)
             if keep != NULL:
                 while not keep[stop - 1]:
                     stop -= 1

@@ -59,25 +59,30 @@ MHA_FUNCTION void MHA_NAME(scale_lanes)(ptrdiff_t rows, ptrdiff_t vectors, MHA_R
             MHA_NAME(v_store)(x, MHA_NAME(v_load)(x) * MHA_NAME(v_load)(factor + v * LANES));
 }
 
-/* s -> exp(s - shift) * scale, lanes are queries, `shift` and `scale` one value a lane; scale NULL is 1. Rows without a key
- * carry shift = +inf: they give 0. */
+/* s -> exp(s - shift) * scale, lanes are queries, `shift` and `scale` one value a lane; scale NULL is 1. What is hidden
+ * gives 0 even in a row that another key has made NaN; rows without a key carry shift = +inf and give 0 too. */
 MHA_FUNCTION void MHA_NAME(softmax_replay)(ptrdiff_t keys, ptrdiff_t vectors, MHA_REAL *s, const MHA_REAL *shift,
                                            const MHA_REAL *scale)
 {
+    const VECTOR none = MHA_NAME(v_set)((MHA_REAL)-INFINITY), zero = {0};
     for (ptrdiff_t j = 0; j < keys; j++)
         for (ptrdiff_t v = 0; v < vectors; v++, s += LANES) {
-            VECTOR p = MHA_NAME(v_exp)(MHA_NAME(v_load)(s) - MHA_NAME(v_load)(shift + v * LANES));
+            const VECTOR score = MHA_NAME(v_load)(s);
+            VECTOR p = MHA_NAME(v_exp)(score - MHA_NAME(v_load)(shift + v * LANES));
             if (scale)
                 p *= MHA_NAME(v_load)(scale + v * LANES);
-            MHA_NAME(v_store)(s, p);
+            MHA_NAME(v_store)(s, MHA_NAME(v_select)(score == none, zero, p));
         }
 }
 
 /* The same where lanes are keys: one shift and one scale for the whole row of the tile. */
 MHA_FUNCTION void MHA_NAME(softmax_replay_row)(ptrdiff_t vectors, MHA_REAL *s, MHA_REAL shift, MHA_REAL scale)
 {
-    for (ptrdiff_t v = 0; v < vectors; v++, s += LANES)
-        MHA_NAME(v_store)(s, MHA_NAME(v_exp)(MHA_NAME(v_load)(s) - shift) * scale);
+    const VECTOR none = MHA_NAME(v_set)((MHA_REAL)-INFINITY), zero = {0};
+    for (ptrdiff_t v = 0; v < vectors; v++, s += LANES) {
+        const VECTOR score = MHA_NAME(v_load)(s);
+        MHA_NAME(v_store)(s, MHA_NAME(v_select)(score == none, zero, MHA_NAME(v_exp)(score - shift) * scale));
+    }
 }
 
 /* ds = p * (dp - delta), and exactly 0 where p is 0: what a hidden pair holds never matters.

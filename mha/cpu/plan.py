@@ -101,9 +101,11 @@ def plan_backward(sizes: Sizes, facts: Facts) -> list[AttentionPlan]:
     keys = AttentionPlan("attention_backward", min(threads, items), vectors, 1, 64, fused=fused, why=why)
     if fused:
         return [keys]
+    # The blocks of keys over which the fused kernel sums the gradient of the query: equal bits.
+    key_block = vectors * facts.lanes
     vectors = min(4, _ceil(sizes.rows, facts.lanes))
     items = heads * _ceil(sizes.rows, vectors * facts.lanes)
-    return [keys, AttentionPlan("attention_backward_query", min(threads, items), vectors, 1, 64, why=why)]
+    return [keys, AttentionPlan("attention_backward_query", min(threads, items), vectors, 1, key_block, why=why)]
 
 
 def plan_rows(kernel: str, sizes: Sizes, facts: Facts) -> AttentionPlan:
