@@ -27,6 +27,7 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PATH="$(abspath $(BIN)):$$PATH" cython-lint pyx
+	$(BIN)/clang-format --dry-run --Werror pyx/*.h
 	$(BIN)/mypy
 
 clean:

@@ -68,9 +68,11 @@ enum { MHA_FLOAT32, MHA_FLOAT64, MHA_FLOAT16, MHA_BFLOAT16, MHA_BOOL };
 #undef MHA_NAME
 
 /* One name for both real types, chosen by the type of a pointer argument. */
+/* clang-format off */
 #define MHA_PICK(function, pointer)                                                                            \
     _Generic((pointer), float *: function##_f32, const float *: function##_f32, double *: function##_f64,       \
              const double *: function##_f64)
+/* clang-format on */
 #define tile_product(rows, vectors, k, a, ...) MHA_PICK(tile_product, a)(rows, vectors, k, a, __VA_ARGS__)
 #define tile_product_hiding(rows, vectors, k, a, ...) MHA_PICK(tile_product_hiding, a)(rows, vectors, k, a, __VA_ARGS__)
 #define softmax_absorb(keys, vectors, s, ...) MHA_PICK(softmax_absorb, s)(keys, vectors, s, __VA_ARGS__)

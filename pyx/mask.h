@@ -55,8 +55,8 @@ MHA_FUNCTION void MHA_NAME(hide_flagged)(ptrdiff_t vectors, MHA_REAL *s, const M
 {
     const VECTOR none = MHA_NAME(v_set)((MHA_REAL)-INFINITY);
     for (ptrdiff_t v = 0; v < vectors; v++, s += LANES, flag += LANES)
-        MHA_NAME(v_store)(s, MHA_NAME(v_select)(MHA_NAME(v_load)(flag) == hides - (VECTOR){0}, none,
-                                                MHA_NAME(v_load)(s)));
+        MHA_NAME(v_store)(s,
+                          MHA_NAME(v_select)(MHA_NAME(v_load)(flag) == hides - (VECTOR){0}, none, MHA_NAME(v_load)(s)));
 }
 
 /* Hides key `j` from the lanes that do not see it; lanes are queries, each sees low <= j < high. */
@@ -65,8 +65,8 @@ MHA_FUNCTION void MHA_NAME(hide_key)(ptrdiff_t vectors, MHA_REAL *s, MHA_REAL j,
 {
     const VECTOR none = MHA_NAME(v_set)((MHA_REAL)-INFINITY), key = MHA_NAME(v_set)(j);
     for (ptrdiff_t v = 0; v < vectors; v++, s += LANES) {
-        const BITS out = (BITS)(key < MHA_NAME(v_load)(low + v * LANES)) |
-                         (BITS)(key >= MHA_NAME(v_load)(high + v * LANES));
+        const BITS out =
+            (BITS)(key < MHA_NAME(v_load)(low + v * LANES)) | (BITS)(key >= MHA_NAME(v_load)(high + v * LANES));
         MHA_NAME(v_store)(s, MHA_NAME(v_select)(out, none, MHA_NAME(v_load)(s)));
     }
 }
@@ -81,8 +81,8 @@ MHA_FUNCTION void MHA_NAME(hide_lanes)(ptrdiff_t width, MHA_REAL *s, ptrdiff_t l
 }
 
 /* x = keep ? x * factor : 0, `half` one 16-bit draw a lane. */
-MHA_FUNCTION void MHA_NAME(drop_lanes)(ptrdiff_t width, MHA_REAL *x, const uint32_t *word, int shift, uint32_t threshold,
-                                       MHA_REAL factor)
+MHA_FUNCTION void MHA_NAME(drop_lanes)(ptrdiff_t width, MHA_REAL *x, const uint32_t *word, int shift,
+                                       uint32_t threshold, MHA_REAL factor)
 {
     for (ptrdiff_t q = 0; q < width; q++)
         x[q] = ((word[q] >> shift) & 0xffff) >= threshold ? x[q] * factor : 0;

@@ -28,8 +28,8 @@ MHA_FUNCTION void mha_philox_rows(ptrdiff_t count, uint32_t group, const uint32_
                                   uint32_t *restrict words)
 {
     for (ptrdiff_t r = 0; r < count; r++)
-        mha_philox(group, query[r], sample_head[r], offset, k0, k1, words + r, words + count + r,
-                   words + 2 * count + r, words + 3 * count + r);
+        mha_philox(group, query[r], sample_head[r], offset, k0, k1, words + r, words + count + r, words + 2 * count + r,
+                   words + 3 * count + r);
 }
 
 /* words[w * count + g] for `count` groups from `first` on: the draws of one row of an output, counter (e >> 3, c1, c2). */

@@ -34,8 +34,8 @@ MHA_INLINE void MHA_NAME(store_one)(int storage, void *base, ptrdiff_t index, MH
     }
 }
 
-MHA_INLINE void MHA_NAME(load_strided)(int storage, const void *base, ptrdiff_t start, ptrdiff_t stride, ptrdiff_t count,
-                                       MHA_REAL *out, ptrdiff_t out_stride)
+MHA_INLINE void MHA_NAME(load_strided)(int storage, const void *base, ptrdiff_t start, ptrdiff_t stride,
+                                       ptrdiff_t count, MHA_REAL *out, ptrdiff_t out_stride)
 {
     for (ptrdiff_t i = 0; i < count; i++)
         out[i * out_stride] = MHA_NAME(load_one)(storage, base, start + i * stride);
@@ -45,12 +45,12 @@ MHA_INLINE void MHA_NAME(load_strided)(int storage, const void *base, ptrdiff_t 
 MHA_FUNCTION void MHA_NAME(load_vector)(int storage, const void *base, ptrdiff_t start, ptrdiff_t stride,
                                         ptrdiff_t count, MHA_REAL *out, ptrdiff_t out_stride)
 {
-#define LOAD(kind)                                                                             \
-    case kind:                                                                                 \
-        if (stride == 1 && out_stride == 1)                                                    \
-            MHA_NAME(load_strided)(kind, base, start, 1, count, out, 1);                       \
-        else                                                                                   \
-            MHA_NAME(load_strided)(kind, base, start, stride, count, out, out_stride);         \
+#define LOAD(kind)                                                                     \
+    case kind:                                                                         \
+        if (stride == 1 && out_stride == 1)                                            \
+            MHA_NAME(load_strided)(kind, base, start, 1, count, out, 1);               \
+        else                                                                           \
+            MHA_NAME(load_strided)(kind, base, start, stride, count, out, out_stride); \
         break;
     switch (storage) {
         LOAD(MHA_FLOAT32)
@@ -66,9 +66,9 @@ MHA_FUNCTION void MHA_NAME(load_vector)(int storage, const void *base, ptrdiff_t
 MHA_FUNCTION void MHA_NAME(store_vector)(int storage, void *base, ptrdiff_t start, ptrdiff_t stride, ptrdiff_t count,
                                          const MHA_REAL *value, ptrdiff_t value_stride, MHA_REAL factor)
 {
-#define STORE(kind)                                                                            \
-    case kind:                                                                                 \
-        for (ptrdiff_t i = 0; i < count; i++)                                                  \
+#define STORE(kind)                                                                                \
+    case kind:                                                                                     \
+        for (ptrdiff_t i = 0; i < count; i++)                                                      \
             MHA_NAME(store_one)(kind, base, start + i * stride, value[i * value_stride] * factor); \
         break;
     switch (storage) {

@@ -12,9 +12,9 @@
  */
 #define LANES MHA_NAME(mha_lanes)
 #define VECTOR MHA_NAME(mha_vector)
-MHA_INLINE void MHA_NAME(tile_body)(const int rows, const int vectors, ptrdiff_t k, const MHA_REAL *a,
-                                    ptrdiff_t a_row, ptrdiff_t a_k, const MHA_REAL *b, ptrdiff_t ldb, MHA_REAL *c,
-                                    ptrdiff_t ldc, int accumulate)
+MHA_INLINE void MHA_NAME(tile_body)(const int rows, const int vectors, ptrdiff_t k, const MHA_REAL *a, ptrdiff_t a_row,
+                                    ptrdiff_t a_k, const MHA_REAL *b, ptrdiff_t ldb, MHA_REAL *c, ptrdiff_t ldc,
+                                    int accumulate)
 {
     VECTOR sum[12][4];
 #pragma GCC unroll 12
@@ -45,21 +45,22 @@ MHA_INLINE void MHA_NAME(tile_body)(const int rows, const int vectors, ptrdiff_t
                 *(VECTOR *)(c + i * ldc + j * LANES) = sum[i][j];
 }
 
-typedef void (*MHA_NAME(tile_function))(ptrdiff_t, const MHA_REAL *, ptrdiff_t, ptrdiff_t, const MHA_REAL *,
-                                        ptrdiff_t, MHA_REAL *, ptrdiff_t, int);
+typedef void (*MHA_NAME(tile_function))(ptrdiff_t, const MHA_REAL *, ptrdiff_t, ptrdiff_t, const MHA_REAL *, ptrdiff_t,
+                                        MHA_REAL *, ptrdiff_t, int);
 
-#define TILE(rows, vectors)                                                                                          \
-    static void MHA_NAME(tile_##rows##x##vectors)(ptrdiff_t k, const MHA_REAL *a, ptrdiff_t a_row, ptrdiff_t a_k,     \
-                                                  const MHA_REAL *b, ptrdiff_t ldb, MHA_REAL *c, ptrdiff_t ldc,      \
-                                                  int accumulate)                                                    \
-    {                                                                                                                \
-        if (a_k == 1)                                                                                                \
-            MHA_NAME(tile_body)(rows, vectors, k, a, a_row, 1, b, ldb, c, ldc, accumulate);                          \
-        else if (a_row == 1)                                                                                         \
-            MHA_NAME(tile_body)(rows, vectors, k, a, 1, a_k, b, ldb, c, ldc, accumulate);                            \
-        else                                                                                                         \
-            MHA_NAME(tile_body)(rows, vectors, k, a, a_row, a_k, b, ldb, c, ldc, accumulate);                        \
+#define TILE(rows, vectors)                                                                                       \
+    static void MHA_NAME(tile_##rows##x##vectors)(ptrdiff_t k, const MHA_REAL *a, ptrdiff_t a_row, ptrdiff_t a_k, \
+                                                  const MHA_REAL *b, ptrdiff_t ldb, MHA_REAL *c, ptrdiff_t ldc,   \
+                                                  int accumulate)                                                 \
+    {                                                                                                             \
+        if (a_k == 1)                                                                                             \
+            MHA_NAME(tile_body)(rows, vectors, k, a, a_row, 1, b, ldb, c, ldc, accumulate);                       \
+        else if (a_row == 1)                                                                                      \
+            MHA_NAME(tile_body)(rows, vectors, k, a, 1, a_k, b, ldb, c, ldc, accumulate);                         \
+        else                                                                                                      \
+            MHA_NAME(tile_body)(rows, vectors, k, a, a_row, a_k, b, ldb, c, ldc, accumulate);                     \
     }
+/* clang-format off */
 #define TILES(rows) TILE(rows, 1) TILE(rows, 2) TILE(rows, 3) TILE(rows, 4)
 #define TILE_ROW(rows)                                                                                               \
     {                                                                                                                \
@@ -75,12 +76,13 @@ static const MHA_NAME(tile_function) MHA_NAME(tile_table)[12 + 1][4 + 1] = {
     {0, MHA_NAME(tile_9x1), MHA_NAME(tile_9x2)},   {0, MHA_NAME(tile_10x1), MHA_NAME(tile_10x2)},
     {0, MHA_NAME(tile_11x1), MHA_NAME(tile_11x2)}, {0, MHA_NAME(tile_12x1), MHA_NAME(tile_12x2)},
 };
+/* clang-format on */
 #undef TILE_ROW
 
 /* c[rows][vectors * LANES] (+)= a[rows][k] b[k][vectors * LANES], any number of rows. */
 MHA_FUNCTION void MHA_NAME(tile_product)(ptrdiff_t rows, ptrdiff_t vectors, ptrdiff_t k, const MHA_REAL *a,
-                                          ptrdiff_t a_row, ptrdiff_t a_k, const MHA_REAL *b, ptrdiff_t ldb,
-                                          MHA_REAL *c, ptrdiff_t ldc, int accumulate)
+                                         ptrdiff_t a_row, ptrdiff_t a_k, const MHA_REAL *b, ptrdiff_t ldb, MHA_REAL *c,
+                                         ptrdiff_t ldc, int accumulate)
 {
     static const int tile_rows[] = MHA_TILE_ROWS;
     const ptrdiff_t step = tile_rows[vectors];
