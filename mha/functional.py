@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
-from mha import layer
 from mha.core import scaled_dot_product_attention, scaled_dot_product_attention_backward
 from mha.mask_checks import Window
+from mha.packed_call import PackedCall
 
 Array = NDArray[Any]
 
@@ -150,8 +150,8 @@ def multi_head_attention(
     without or beside masks, cuDNN-style masks, no keys.
     """
     options = dict(locals())
-    call = layer.Call.build(**{name: options[name] for name in layer.Call.PARAMETERS})
-    output, weights = layer.forward(call)
+    call = PackedCall.build(**{name: options[name] for name in PackedCall.PARAMETERS})
+    output, weights = call.forward()
     reserve = call.reserve() if training else (None, None)
     return MultiHeadAttentionResult(output, weights, *reserve)
 
@@ -189,5 +189,5 @@ def multi_head_attention_backward(
     """
     if result.othr_reservespace is None:
         raise ValueError("the forward ran with training=False and kept nothing. Call it with training=True.")
-    gradients = layer.backward(result.othr_reservespace, grad_attn_output, grad_attn_output_weights, mask_gradients)
+    gradients = result.othr_reservespace.backward(grad_attn_output, grad_attn_output_weights, mask_gradients)
     return MultiHeadAttentionGradients(*gradients)

@@ -10,10 +10,11 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from mha import convert, layer
+from mha import convert
 from mha.dispatch import backend_of
 from mha.functional import MultiHeadAttentionGradients
 from mha.matrix import rows_of
+from mha.packed_call import PackedCall
 from mha.packing import PackedLayout
 from mha.problem import checked_probability
 from mha.random import next_state
@@ -131,7 +132,7 @@ class MultiHeadAttention:
         attn_output_weights : (N*H, L, T) array, averaged (N, L, T), or None
         """
         layout = self.layout
-        call = layer.Call.build(
+        call = PackedCall.build(
             query=query, key=key, value=value, embed_dim=layout.embed_dim, num_heads=layout.num_heads,
             attn_drop=self.attn_dropout, out_drop=self.out_dropout, io_weight_bias=self.io_weight_bias,
             qproj_size=layout.qproj_size, kproj_size=layout.kproj_size, vproj_size=layout.vproj_size,
@@ -142,8 +143,8 @@ class MultiHeadAttention:
             maybe_cudnn_style_mask=maybe_cudnn_style_mask, reslink=False, training=self.training,
             num_kv_heads=layout.num_kv_heads, scale=self.scale, window=None, softcap=None, causal_offset=0,
         )  # fmt: skip
-        call.weights |= self._packed
-        result = layer.forward(call)
+        call.call.weights |= self._packed
+        result = call.forward()
         self._calls.latest = call if self.training else None
         return result
 
@@ -162,7 +163,7 @@ class MultiHeadAttention:
         call = getattr(self._calls, "latest", None)
         if call is None:
             raise RuntimeError("backward needs a call in training mode before it, one for each. Call the layer first.")
-        gradients = layer.backward(call, grad_attn_output, grad_attn_output_weights, mask_gradients=False)
+        gradients = call.backward(grad_attn_output, grad_attn_output_weights, mask_gradients=False)
         self._calls.latest = None
         return MultiHeadAttentionGradients(*gradients)
 

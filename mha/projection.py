@@ -5,6 +5,7 @@ Projected heads lie as (N, H, T, D); the products read and write that layout the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,18 @@ Array = NDArray[Any]
 
 
 def project_heads(
-    backend: Any, x: Array, weight: Any, bias: Array | None, heads: int, appended: list[Array | None]
+    backend: Any,
+    x: Array,
+    weight: Any,
+    bias: Array | None,
+    heads: int,
+    appended: Sequence[Array | None] = (),
+    out: Array | None = None,
 ) -> Array:
     """x (N, T, F) -> (N, H, T + appended, D).
 
     Without a weight every head gets the whole width F: the result has one head, or `heads` of them with stride 0. Each
-    appended row is (1, 1, H*D or F), or None for zeros.
+    appended row is (1, 1, H*D or F), or None for zeros. `out` (N, H, T, D) takes the projection of x alone.
     """
     xp = array_module(x)
     batch, length, width = x.shape
@@ -33,10 +40,11 @@ def project_heads(
             rows = [xp.zeros((1, 1, width), x.dtype) if row is None else row for row in appended]
             x = xp.concatenate([x, *(xp.broadcast_to(row, (batch, 1, width)) for row in rows)], axis=1)
         return xp.broadcast_to(x[:, None], (batch, heads, total, width))
-    out = xp.empty((batch, heads, total, weight.shape[1] // heads), x.dtype)
+    if out is None:
+        out = xp.empty((batch, heads, total, weight.shape[1] // heads), x.dtype)
+        for i, row in enumerate(appended):
+            out[:, :, length + i] = 0 if row is None else row.reshape(1, heads, -1)
     backend.product(rows_of(x), as_right(weight), heads_of(out[:, :, :length]), bias)
-    for i, row in enumerate(appended):
-        out[:, :, length + i] = 0 if row is None else row.reshape(1, heads, -1)
     return out
 
 
@@ -67,7 +75,11 @@ def linear_gradients(
     grad_x: Matrix,
 ) -> None:
     """Gradients of x @ weight + bias, written into the three targets."""
-    backend.product(x.T, grad, rows_of(grad_weight))
+    if grad_weight.strides[0] < grad_weight.strides[1]:
+        # Stored as (out-features, in-features): rows of the result lie contiguous.
+        backend.product(grad.T, x, rows_of(grad_weight.T))
+    else:
+        backend.product(x.T, grad, rows_of(grad_weight))
     backend.product(grad, rows_of(weight).T, grad_x)
     if grad_bias is not None:
         xp = array_module(grad.array)

@@ -15,8 +15,8 @@ import pytest
 from recorded_dropout import draws, keep_mask
 
 import mha
-from mha import layer
 from mha.functional import MultiHeadAttentionGradients
+from mha.packed_call import PackedCall
 from mha.problem import Dropout
 
 DATA = Path(__file__).parent / "data" / "megengine"
@@ -86,16 +86,16 @@ def run(case: Recorded, **changes: Any) -> tuple[Any, Any, MultiHeadAttentionGra
 def run_with_recorded_masks(case: Recorded) -> tuple[Any, Any, MultiHeadAttentionGradients]:
     """Through the reference, which takes the keep masks themselves."""
     neutral = dict(num_kv_heads=None, scale=None, window=None, softcap=None, causal_offset=0)
-    call = layer.Call.build(**(case.arguments() | neutral))
+    call = PackedCall.build(**(case.arguments() | neutral))
     weights, output = case.keep_masks()
     p = case.params
-    call = replace(
-        call,
+    call.call = replace(
+        call.call,
         dropout=Dropout(p["attn_drop"], keep=weights) if p["attn_drop"] else None,
         output_dropout=Dropout(p["out_drop"], keep=output) if p["out_drop"] else None,
     )
-    out, attn_weights = layer.forward(call)
-    gradients = layer.backward(call, case.inputs["dout"], None, False)
+    out, attn_weights = call.forward()
+    gradients = call.backward(case.inputs["dout"], None, False)
     return out, attn_weights, MultiHeadAttentionGradients(*gradients)
 
 
