@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mha.optional import array_module, bfloat16, is_array
+from mha.optional import array_module, as_array
 from mha.packing import PackedLayout
 
 _TORCH_SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -214,7 +214,7 @@ def _read(
             f"state_dict under prefix {prefix!r}: missing {missing}, not understood {_some(unknown)}, "
             f"present {_some(sorted(available))}. {hint}"
         )
-    arrays = {name: _as_array(state_dict[prefix + name]) for name in required + optional if name in available}
+    arrays = {name: as_array(state_dict[prefix + name]) for name in required + optional if name in available}
     array_module(*arrays.values())
     if len({array.dtype for array in arrays.values()}) > 1:
         listed = ", ".join(f"{name} {array.dtype}" for name, array in arrays.items())
@@ -224,19 +224,6 @@ def _read(
 
 def _some(names: list[str], limit: int = 12) -> str:
     return f"{names[:limit]} and {len(names) - limit} more" if len(names) > limit else str(names)
-
-
-def _as_array(value: Any) -> NDArray[Any]:
-    if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        if str(value.dtype) == "torch.bfloat16":
-            if bfloat16 is None:
-                raise TypeError(
-                    "a tensor is bfloat16, which NumPy lacks. Install ml_dtypes, or convert it by .float()."
-                )
-            # torch does not hand its bfloat16 to NumPy, and float32 holds every value of it.
-            value = value.float().numpy().astype(bfloat16)
-    return value if is_array(value) else np.asarray(value)
 
 
 def _rows_and_columns(name: str, weight: NDArray[Any]) -> tuple[int, int]:

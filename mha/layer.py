@@ -17,7 +17,7 @@ from mha.masks import MaskSpec
 from mha.matrix import heads_of, rows_of
 from mha.optional import array_module
 from mha.problem import AttentionProblem, Dropout, RowStatistics
-from mha.projection import linear_gradients, project_heads, project_output, sum_over
+from mha.projection import empty_like_rows, linear_gradients, project_heads, project_output, sum_over
 
 Array = NDArray[Any]
 
@@ -48,7 +48,7 @@ class LayerCall:
     bias_rows: tuple[Array, Array] | None = None
     #: Append a key and a value of zeros, after them.
     zero_row: bool = False
-    #: "key" or "value": heads (N, Hk, S', D) that replace the projected ones.
+    #: "query", "key" or "value": heads (N, H or Hk, length, D) that replace the projected ones.
     heads: dict[str, Array] = field(default_factory=dict)
     #: (2, N, Hk, C, D): earlier keys and values.
     cache: Array | None = None
@@ -95,7 +95,7 @@ class LayerResult(NamedTuple):
 class LayerGradients(NamedTuple):
     """What `backward` returns, each in the shape of the call's; None for what the call did not have."""
 
-    query: Array
+    query: Array | None
     key: Array | None
     value: Array | None
     bias_rows: tuple[Array, Array] | None
@@ -107,7 +107,9 @@ class LayerGradients(NamedTuple):
 def forward(call: LayerCall) -> LayerResult:
     """Run the layer."""
     weights, backend = call.weights, backend_of(call.query)
-    query = project_heads(backend, call.query, weights.get("q_weight"), weights.get("q_bias"), call.num_heads)
+    query = call.heads.get("query")
+    if query is None:
+        query = project_heads(backend, call.query, weights.get("q_weight"), weights.get("q_bias"), call.num_heads)
     key, value, cache = _key_value_heads(call, backend)
     call.problem = AttentionProblem.build(query, key, value, call.mask, call.scale, call.softcap, call.dropout)
     attention = backend_for(call.problem)
@@ -115,7 +117,7 @@ def forward(call: LayerCall) -> LayerResult:
     attn_weights = None
     if call.need_weights:
         attn_weights = attention.attention_weights(call.problem, call.rows, call.average)
-    output = project_output(backend, call.attended, weights.get("o_weight"), weights.get("o_bias"))
+    output = project_output(backend, call.attended, weights.get("o_weight"), weights.get("o_bias"), call.query)
     if call.output_dropout is not None or call.residual is not None:
         dropping = dropout_backend(output, call.output_dropout)
         output = dropping.output_dropout(output, call.output_dropout, call.residual)
@@ -153,18 +155,17 @@ def backward(
         problem, grad_attended, call.attended, call.rows, grad_weights, 1 / problem.heads if call.average else 1.0,
         [(*mask.shape[:3], keys) for mask in wanted.values()],
     )  # fmt: skip
+    named = {"query": (call.query, of_query), "key": (call.key, of_key), "value": (call.value, of_value)}
     before = call.cache.shape[3] if call.cache is not None else 0
     inputs: dict[str, Array | None] = {}
-    for name, x, of_heads in (("key", call.key, of_key), ("value", call.value, of_value)):
-        own = of_heads[:, :, before : before + x.shape[1]]
+    for name, (x, of_heads) in named.items():
+        start = 0 if name == "query" else before
+        own = of_heads[:, :, start : start + x.shape[1]]
         inputs[name] = None if name in call.heads else _input_gradient(call, backend, name, x, own, targets)
-    named = {"key": of_key, "value": of_value}
     return LayerGradients(
-        query=_input_gradient(call, backend, "query", call.query, of_query, targets),
-        key=inputs["key"],
-        value=inputs["value"],
+        **inputs,
         bias_rows=_bias_row_gradients(call, of_key[:, :, keys], of_value[:, :, keys]) if call.bias_rows else None,
-        heads={name: named[name][:, :, : x.shape[2]] for name, x in call.heads.items()},
+        heads={name: named[name][1][:, :, : x.shape[2]] for name, x in call.heads.items()},
         cache=call.xp.stack([of_key[:, :, :before], of_value[:, :, :before]]) if call.cache is not None else None,
         masks={
             name: _mask_gradient(mask, gradient)
@@ -229,7 +230,7 @@ def _input_gradient(
     weight = call.weights.get(f"{letter}_weight")
     if weight is None:
         return sum_over(grad_heads, 1)
-    grad_x = call.xp.empty(x.shape, x.dtype)
+    grad_x = empty_like_rows(x)
     if not call.xp.isfinite(x).all():
         # A position that took no part has gradient 0; what lies there must not reach the weights as 0 * NaN.
         x = call.xp.where((grad_heads == 0).all(axis=(1, 3))[..., None], 0, x).astype(x.dtype)

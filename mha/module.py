@@ -14,10 +14,11 @@ from mha import convert
 from mha.dispatch import backend_of
 from mha.functional import MultiHeadAttentionGradients
 from mha.matrix import rows_of
+from mha.optional import library_named
 from mha.packed_call import PackedCall
 from mha.packing import PackedLayout
 from mha.problem import checked_probability
-from mha.random import next_state
+from mha.random import next_generator
 
 Array = NDArray[Any]
 
@@ -100,8 +101,7 @@ class MultiHeadAttention:
 
     def reset_parameters(self) -> None:
         """Draw the parameters anew."""
-        layout, xp, state = self.layout, self.xp, next_state()
-        rng = np.random.default_rng([state.seed & 0xFFFFFFFF, state.seed >> 32, state.offset])
+        layout, xp, rng = self.layout, self.xp, next_generator()
         self.io_weight_bias = xp.zeros(layout.length, self.dtype)
         for name, view in layout.views(self.io_weight_bias).items():
             if name.endswith("weight"):
@@ -274,10 +274,8 @@ class MultiHeadAttention:
         return state | {"xp": self.xp.__name__}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        import importlib
-
         self.__dict__.update(state)
-        self.xp = importlib.import_module(state["xp"])
+        self.xp = library_named(state["xp"])
         self._calls = threading.local()
         self._packed = {}
         if self._frozen:

@@ -5,11 +5,13 @@ CuPy is never imported from here: an array that is CuPy's proves that the caller
 
 from __future__ import annotations
 
+import importlib
 import sys
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 try:
     import ml_dtypes
@@ -54,6 +56,62 @@ def array_module(*arrays: Any) -> ModuleType:
             "Move them to one library first."
         )
     return next(iter(libraries.values()), np)
+
+
+def as_array(value: Any) -> NDArray[Any]:
+    """`value` itself if it is an array, else a NumPy array of it; PyTorch tensors of any device and dtype included."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        if str(value.dtype) == "torch.bfloat16":
+            if bfloat16 is None:
+                raise TypeError(
+                    "a tensor is bfloat16, which NumPy lacks. Install ml_dtypes, or convert it by .float()."
+                )
+            # torch does not hand its bfloat16 to NumPy, and float32 holds every value of it.
+            value = value.float().numpy().astype(bfloat16)
+    return value if is_array(value) else np.asarray(value)
+
+
+def library_named(name: str) -> ModuleType:
+    """NumPy, or CuPy where it is installed.
+
+    Raises
+    ------
+    ImportError
+        If the library is not installed.
+    """
+    return importlib.import_module(name)
+
+
+def library_of_device(device: Any) -> ModuleType:
+    """The library for arrays on a device as PyTorch and Paddle name it: None and "cpu" are NumPy's, "cuda" CuPy's.
+
+    Raises
+    ------
+    ValueError
+        For another device.
+    ImportError
+        For "cuda" without CuPy.
+    """
+    kind = str("cpu" if device is None else device).partition(":")[0]
+    libraries = {"cpu": "numpy", "cuda": "cupy", "gpu": "cupy"}
+    if kind not in libraries:
+        raise ValueError(f"device is {device!r}, none of {', '.join(libraries)}. Pass None for NumPy arrays.")
+    return library_named(libraries[kind])
+
+
+def dtype_named(dtype: Any) -> np.dtype[Any]:
+    """float32 for None; else a NumPy dtype, or what another framework calls one ("torch.float16").
+
+    Raises
+    ------
+    TypeError
+        If there is no such dtype, or bfloat16 is asked for without ml_dtypes.
+    """
+    name = "float32" if dtype is None else str(dtype).rpartition(".")[2]
+    if name == "bfloat16" and bfloat16 is not None:
+        return bfloat16
+    return np.dtype(dtype if isinstance(dtype, (type, np.dtype)) else name)
 
 
 def matplotlib_pyplot() -> ModuleType | None:

@@ -48,17 +48,17 @@ class PackedCall:
             num_kv_heads=p["num_kv_heads"],
             **{f"{x}proj_size": p[f"{x}proj_size"] for x in "qkvo"}, **{f"{x}bias": p[f"{x}bias"] for x in "qkvo"},
         )  # fmt: skip
-        inputs = {name: usable(x if batched else x[None], xp) for name, x in given.items()}
+        q, k, v = (usable(x if batched else x[None], xp) for x in given.values())
         vector = usable(p["io_weight_bias"], xp)
         weights = layout.views(vector)
         bias_rows = front.check_bias_rows(
             p["bias_k"], p["bias_v"], layout.kproj_size or layout.kdim, layout.vproj_size or layout.vdim
         )
-        batch, queries, keys = inputs["query"].shape[0], inputs["query"].shape[1], inputs["key"].shape[1]
+        batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]
         extra = (bias_rows is not None) + bool(p["add_zero_attn"])
         masks = {name: p[name] for name in ("key_padding_mask", "attn_mask")}
         spec = for_multi_head_attention(
-            **masks, batch=batch, heads=layout.num_heads, queries=queries, keys=keys, dtype=inputs["query"].dtype,
+            **masks, batch=batch, heads=layout.num_heads, queries=queries, keys=keys, dtype=q.dtype,
             is_causal=p["is_causal"], maybe_cudnn_style_mask=p["maybe_cudnn_style_mask"], window=p["window"],
             causal_offset=p["causal_offset"], extra=extra, batched=batched, xp=xp,
         )  # fmt: skip
@@ -72,10 +72,10 @@ class PackedCall:
         )
         sizes = Sizes((batch,), layout.num_heads, queries, keys)
         call = layer.LayerCall(
-            inputs["query"], inputs["key"], inputs["value"], weights, num_heads=layout.num_heads, num_kv_heads=layout.num_kv_heads, mask=spec,
+            q, k, v, weights, layout.num_heads, layout.num_kv_heads, mask=spec,
             scale=layout.scale if p["scale"] is None else p["scale"], softcap=p["softcap"], dropout=dropout,
             output_dropout=output_dropout, bias_rows=bias_rows, zero_row=bool(p["add_zero_attn"]),
-            residual=inputs["query"] if p["reslink"] else None, need_weights=bool(p["need_weights"]),
+            residual=q if p["reslink"] else None, need_weights=bool(p["need_weights"]),
             average=bool(p["average_attn_weights"]), float_masks=front.float_masks(**masks, sizes=sizes),
         )  # fmt: skip
         return cls(call, layout, vector, masks, batched)
@@ -107,8 +107,10 @@ class PackedCall:
         grad = grad.reshape(shape)
         grad_vector = call.xp.zeros(self.vector.shape, self.vector.dtype)
         made = layer.backward(call, grad, grad_weights, self.layout.views(grad_vector), mask_gradients)
-        of_query = made.query if call.residual is None else made.query + grad
-        inputs = [x if self.batched else x[0] for x in (of_query, made.key, made.value) if x is not None]
+        inputs = [x for x in made[:3] if x is not None]
+        if call.residual is not None:
+            inputs[0] = inputs[0] + grad
+        inputs = [x if self.batched else x[0] for x in inputs]
         of_masks = {name: x.reshape(self.masks[name].shape) for name, x in made.masks.items()}  # type: ignore[union-attr]
         return (*inputs, grad_vector, *(made.bias_rows or (None, None)), *map(of_masks.get, self.masks))
 

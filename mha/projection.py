@@ -48,16 +48,27 @@ def project_heads(
     return out
 
 
-def project_output(backend: Any, heads: Array, weight: Any, bias: Array | None) -> Array:
-    """Heads (N, H, L, Dv), side by side in memory, -> (N, L, O); without a weight they are the output."""
-    xp = array_module(heads)
+def project_output(backend: Any, heads: Array, weight: Any, bias: Array | None, like: Array) -> Array:
+    """Heads (N, H, L, Dv), side by side in memory, -> (N, L, O); without a weight they are the output.
+
+    The positions lie in memory as those of the query, `like` (N, L, E), do.
+    """
     batch, count, length, width = heads.shape
     joined = heads.swapaxes(1, 2).reshape(batch, length, count * width)
     if weight is None:
         return joined
-    out = xp.empty((batch, length, weight.shape[1]), heads.dtype)
+    out = empty_like_rows(like, weight.shape[1])
     backend.product(rows_of(joined), as_right(weight), rows_of(out), bias)
     return out
+
+
+def empty_like_rows(x: Array, width: int | None = None) -> Array:
+    """An empty (N, T, width) whose positions and samples lie in memory in the order of x's."""
+    batch, length, own = x.shape
+    width = own if width is None else width
+    if x.strides[0] < x.strides[1]:
+        return array_module(x).empty((length, batch, width), x.dtype).swapaxes(0, 1)
+    return array_module(x).empty((batch, length, width), x.dtype)
 
 
 def as_right(weight: Any) -> Any:

@@ -90,6 +90,12 @@ def next_state(count: int = 1) -> DropoutState:
     return _source.draw(count)
 
 
+def next_generator() -> np.random.Generator:
+    """A generator of initial parameters, from the next state."""
+    state = next_state()
+    return np.random.default_rng([state.seed & 0xFFFFFFFF, state.seed >> 32, state.offset])
+
+
 def threshold(p: float) -> int:
     """The 16-bit draws below this number are dropped: ``round(p * 65536)``.
 
