@@ -184,15 +184,10 @@ def views(parameters: Mapping[str, Array]) -> dict[str, Array]:
     return made
 
 
-def broadcastable(mask: Array | None, batch: int, heads: int, boolean: bool) -> Array | None:
-    """A mask that may broadcast to (L, S) or (N*H, L, S), as one that broadcasts to (N, H, L, S).
-
-    `boolean` takes integers as flags, non-zero = ignore.
-    """
+def broadcastable(mask: Array | None, batch: int, heads: int) -> Array | None:
+    """A mask that broadcasts to (L, S) or (N*H, L, S), as one that broadcasts to (N, H, L, S)."""
     if mask is None:
         return None
-    if boolean and mask.dtype.kind in "iu":
-        mask = mask != 0
     if mask.ndim == 2:
         return mask[None, None]
     if mask.ndim == 3 and mask.shape[0] == 1:

@@ -214,8 +214,8 @@ def test_signatures_are_torchs() -> None:
     assert list(forward.parameters) == [
         "query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias", "bias_k",
         "bias_v", "add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias", "training", "key_padding_mask",
-        "need_weights", "attn_mask", "use_separate_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "static_k",
-        "static_v", "average_attn_weights", "is_causal",
+        "need_weights", "attn_mask", "use_separate_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight",
+        "static_k", "static_v", "average_attn_weights", "is_causal",
     ]  # fmt: skip
     assert forward.parameters["training"].default is True
     assert compat.multi_head_attention_forward.__name__ == "multi_head_attention_forward"
