@@ -10,7 +10,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from mha.compat import torch, torch_module
+from mha.compat import torch
 from mha.compat.differentiable import Backward, primal
 from mha.compat.stacked import broadcastable
 
@@ -99,7 +99,7 @@ def nnf_multi_head_attention_forward_vjp(
 nnf_multi_head_attention_forward = primal(nnf_multi_head_attention_forward_vjp)
 
 
-class nn_multihead_attention(torch_module.MultiheadAttention):
+class nn_multihead_attention(torch.MultiheadAttention):
     """R torch's ``nn_multihead_attention``.
 
     Parameters

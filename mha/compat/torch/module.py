@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from types import ModuleType
-from typing import Any, NamedTuple, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mha import layer, optional
+from mha.compat.module_base import FrontEndModule, ModuleGradients, xavier_uniform
 from mha.compat.stacked import StackedCall
 from mha.dispatch import backend_for
 from mha.problem import RowStatistics, checked_probability
@@ -26,25 +26,6 @@ _NAMES = {
     "v_weight": "v_proj_weight", "in_bias": "in_proj_bias", "bias_k": "bias_k", "bias_v": "bias_v",
     "out_weight": "out_proj.weight", "out_bias": "out_proj.bias",
 }  # fmt: skip
-
-
-class MultiheadAttentionGradients(NamedTuple):
-    """Gradients of a call of `MultiheadAttention`.
-
-    query, key, value : arrays, or lists of arrays
-        In the shapes of the inputs. An array that was passed twice has the sum of two of them.
-    parameters : dict of str to array
-        By state-dict key.
-    key_padding_mask, attn_mask : arrays or None
-        Of float masks, on request.
-    """
-
-    query: Any
-    key: Any
-    value: Any
-    parameters: dict[str, Array]
-    key_padding_mask: Array | None = None
-    attn_mask: Array | None = None
 
 
 class Linear:
@@ -66,7 +47,7 @@ class Linear:
         return f"Linear(in_features={self.in_features}, out_features={self.out_features}, bias={bias})"
 
 
-class MultiheadAttention:
+class MultiheadAttention(FrontEndModule):
     """``torch.nn.MultiheadAttention``.
 
     Parameters
@@ -133,10 +114,8 @@ class MultiheadAttention:
         self.dropout = checked_probability("dropout", dropout)
         self.batch_first, self.add_zero_attn = bool(batch_first), bool(add_zero_attn)
         self.head_dim = embed_dim // num_heads
-        self.training = True
         self._bias, self._bias_kv = bool(bias), bool(add_bias_kv)
-        self._xp, self._dtype = optional.library_of_device(device), optional.dtype_named(dtype)
-        self._calls = threading.local()
+        self._start(device, dtype)
         self._reset_parameters()
 
     @property
@@ -147,14 +126,11 @@ class MultiheadAttention:
         """Draw the parameters anew."""
         rng, width = next_generator(), self.embed_dim
 
-        def uniform(rows: int, columns: int, bound: float) -> Array:
-            return self._array(rng.uniform(-bound, bound, (rows, columns)))
-
         def xavier(rows: int, columns: int) -> Array:
-            return uniform(rows, columns, (6 / (rows + columns)) ** 0.5)
+            return self._array(xavier_uniform(rng, rows, columns))
 
         zeros = [self._array(np.zeros(n)) if self._bias else None for n in (width, 3 * width)]
-        self.out_proj = Linear(uniform(width, width, width**-0.5), zeros[0])
+        self.out_proj = Linear(self._array(rng.uniform(-(width**-0.5), width**-0.5, (width, width))), zeros[0])
         self.in_proj_weight = self.q_proj_weight = self.k_proj_weight = self.v_proj_weight = None
         if self._qkv_same_embed_dim:
             self.in_proj_weight = xavier(3 * width, width)
@@ -167,10 +143,6 @@ class MultiheadAttention:
         if self._bias_kv:
             rows = (self._array(rng.normal(0, width**-0.5, (1, 1, width))) for _ in "kv")
             self.bias_k, self.bias_v = rows
-
-    def _array(self, x: Array) -> Array:
-        made: Array = self._xp.asarray(x).astype(self._dtype)
-        return made
 
     def __call__(
         self,
@@ -219,14 +191,14 @@ class MultiheadAttention:
         else:
             made, lengths = self._build(query, key, value, length_first=not self.batch_first, **masks, **options), None
             result = made.forward()
-        self._calls.latest = (made, lengths) if self.training else None
+        self._keep((made, lengths))
         return result
 
     forward = __call__
 
     def backward(
         self, grad_output: Any, grad_weights: Array | None = None, *, mask_gradients: bool = False
-    ) -> MultiheadAttentionGradients:
+    ) -> ModuleGradients:
         """Gradients of this thread's latest call in training, which is used up.
 
         Parameters
@@ -245,19 +217,17 @@ class MultiheadAttention:
         ValueError, TypeError
             If the gradients do not fit what the call returned.
         """
-        made, lengths = getattr(self._calls, "latest", None) or (None, None)
-        if made is None:
-            raise RuntimeError("backward needs a call in training mode before it, one for each. Call the layer first.")
+        made, lengths = self._latest()
         if lengths is not None:
             grad_output = _joined(grad_output, "grad_output", lengths)
         gradients = made.backward(grad_output, grad_weights, mask_gradients)
-        self._calls.latest = None
+        self._keep(None)
         inputs = [gradients[name] for name in ("query", "key", "value")]
         if lengths is not None:
             inputs = [_parts(x, lengths) for x in inputs]
         masks = gradients.get("key_padding_mask"), gradients.get("attn_mask")
         parameters = {own: gradients[name] for name, own in _NAMES.items() if name in gradients}
-        return MultiheadAttentionGradients(inputs[0], inputs[1], inputs[2], parameters, *masks)
+        return ModuleGradients(inputs[0], inputs[1], inputs[2], parameters, *masks)
 
     def _build(self, query: Array, key: Array, value: Array, **options: Any) -> StackedCall:
         state = self.state_dict()
@@ -294,46 +264,18 @@ class MultiheadAttention:
         weights = _weights_of_parts(made.call, lengths, options["average"]) if need_weights else None
         return made, lengths, (_parts(output, lengths), weights)
 
-    def train(self, mode: bool = True) -> Self:
-        """Training mode: dropout applies, a backward may follow."""
-        self.training = bool(mode)
-        return self
-
-    def eval(self) -> Self:
-        """Evaluation mode."""
-        return self.train(False)
-
-    def state_dict(self, prefix: str = "") -> dict[str, Array]:
-        """The parameters themselves, under torch's keys and in its order."""
-        found = {name: getattr(self, name) for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight",
-                 "v_proj_weight", "in_proj_bias", "bias_k", "bias_v")}  # fmt: skip
-        found |= {"out_proj.weight": self.out_proj.weight, "out_proj.bias": self.out_proj.bias}
-        return {prefix + name: x for name, x in found.items() if x is not None}
-
-    def named_parameters(self) -> list[tuple[str, Array]]:
-        """Pairs of state-dict key and array, in torch's order."""
-        return list(self.state_dict().items())
-
-    def parameters(self) -> list[Array]:
-        """The arrays, for an optimizer that changes them in place."""
-        return list(self.state_dict().values())
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Copy parameters in, from arrays or tensors.
-
-        Raises
-        ------
-        ValueError
-            If keys or shapes differ from those of `state_dict`.
-        """
-        own = self.state_dict()
-        given = {name: optional.as_array(x) for name, x in state_dict.items() if x is not None}
-        shapes = {name: x.shape for name, x in given.items()}
-        expected = {name: x.shape for name, x in own.items()}
-        if shapes != expected:
-            raise ValueError(f"state_dict has {shapes} where {expected} is expected. Build the layer alike.")
-        for name, x in own.items():
-            x[...] = self._xp.asarray(given[name])
+    def _named(self) -> dict[str, Array | None]:
+        inputs = (
+            "in_proj_weight",
+            "q_proj_weight",
+            "k_proj_weight",
+            "v_proj_weight",
+            "in_proj_bias",
+            "bias_k",
+            "bias_v",
+        )
+        found: dict[str, Array | None] = {name: getattr(self, name) for name in inputs}
+        return found | {"out_proj.weight": self.out_proj.weight, "out_proj.bias": self.out_proj.bias}
 
     def __repr__(self) -> str:
         values = {
@@ -343,15 +285,6 @@ class MultiheadAttention:
         }  # fmt: skip
         listed = ", ".join(f"{name}={value!r}" for name, value in values.items())
         return f"{type(self).__name__}({self.embed_dim}, {self.num_heads}, {listed})"
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = {name: x for name, x in self.__dict__.items() if name != "_calls"}
-        return state | {"_xp": self._xp.__name__}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._xp = optional.library_named(state["_xp"])
-        self._calls = threading.local()
 
 
 def _joined(parts: Any, name: str, lengths: list[int]) -> Array:

@@ -1,7 +1,4 @@
-"""PyTorch's multi-head attention on NumPy and CuPy arrays: the functions of ``torch.nn.functional``.
-
-The module is in `mha.compat.torch_module` and exported here. Parameters are torch's, as arrays.
-"""
+"""The functions of ``torch.nn.functional``."""
 
 from __future__ import annotations
 
@@ -12,18 +9,9 @@ from numpy.typing import NDArray
 from mha import core
 from mha.compat.differentiable import Backward, primal
 from mha.compat.stacked import StackedCall
-from mha.compat.torch_module import MultiheadAttention
 from mha.random import next_state
 
 Array = NDArray[Any]
-
-__all__ = [
-    "MultiheadAttention",
-    "multi_head_attention_forward",
-    "multi_head_attention_forward_vjp",
-    "scaled_dot_product_attention",
-    "scaled_dot_product_attention_vjp",
-]
 
 #: Parameters of `multi_head_attention_forward` by the names that `StackedCall` has for them.
 _NAMES = {
