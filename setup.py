@@ -45,7 +45,7 @@ KERNELS = [
     "attention_weights",
     "attention_decode",
     "product",
-    "output_dropout",
+    "residual_norm",
     "fma_peak",
 ]
 

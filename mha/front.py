@@ -74,7 +74,7 @@ def float_masks(attn_mask: Array | None, key_padding_mask: Array | None, sizes: 
 def gradient_like(name: str, grad: Array, shape: tuple[int, ...], like: Array) -> Array:
     """An upstream gradient, checked against the shape and dtype of the output that it belongs to."""
     xp = array_module(like, grad)
-    if grad.shape != shape or grad.dtype != like.dtype:
+    if grad.shape != shape or (grad.dtype != like.dtype and grad.dtype.newbyteorder("=") != like.dtype):
         raise (TypeError if grad.shape == shape else ValueError)(
             f"{name} is {grad.dtype} {grad.shape}, the output {like.dtype} {shape}. Pass the gradient of that output."
         )

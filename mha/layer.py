@@ -16,7 +16,7 @@ from mha.dispatch import backend_for, backend_of, dropout_backend
 from mha.masks import MaskSpec
 from mha.matrix import heads_of, rows_of
 from mha.optional import array_module
-from mha.problem import AttentionProblem, Dropout, RowStatistics
+from mha.problem import AttentionProblem, Dropout, Norm, RowStatistics
 from mha.projection import empty_like_rows, linear_gradients, project_heads, project_output, sum_over
 
 Array = NDArray[Any]
@@ -54,6 +54,8 @@ class LayerCall:
     cache: Array | None = None
     #: (N, L, O), added to the output after its dropout.
     residual: Array | None = None
+    #: Of the output, after the residual.
+    norm: Norm | None = None
     need_weights: bool = False
     average: bool = False
     #: Float masks as views of four axes that broadcast to (N, H, L, C + S), by name.
@@ -61,6 +63,8 @@ class LayerCall:
     problem: AttentionProblem | None = None
     attended: Array | None = None
     rows: RowStatistics | None = None
+    #: What the norm was applied to.
+    total: Array | None = None
 
     @property
     def xp(self) -> ModuleType:
@@ -102,6 +106,9 @@ class LayerGradients(NamedTuple):
     heads: dict[str, Array]
     cache: Array | None
     masks: dict[str, Array]
+    residual: Array
+    #: Scale and bias, in the computing dtype; also where the call had none.
+    norm: tuple[Array, Array] | None
 
 
 def forward(call: LayerCall) -> LayerResult:
@@ -118,9 +125,9 @@ def forward(call: LayerCall) -> LayerResult:
     if call.need_weights:
         attn_weights = attention.attention_weights(call.problem, call.rows, call.average)
     output = project_output(backend, call.attended, weights.get("o_weight"), weights.get("o_bias"), call.query)
-    if call.output_dropout is not None or call.residual is not None:
-        dropping = dropout_backend(output, call.output_dropout)
-        output = dropping.output_dropout(output, call.output_dropout, call.residual)
+    if call.output_dropout is not None or call.residual is not None or call.norm is not None:
+        finishing = dropout_backend(output, call.output_dropout)
+        output, call.total = finishing.residual_norm(output, call.output_dropout, call.residual, call.norm)
     return LayerResult(output, attn_weights, cache)
 
 
@@ -143,9 +150,13 @@ def backward(
     problem = call.problem
     assert problem is not None
     backend = backend_of(call.query)
-    grad = grad_output
-    if call.output_dropout is not None:
-        grad = dropout_backend(grad, call.output_dropout).output_dropout(grad, call.output_dropout)
+    grad, of_total, of_norm = grad_output, grad_output, None
+    finishing = dropout_backend(grad, call.output_dropout)
+    if call.norm is not None:
+        of_total, grad, *sums = finishing.residual_norm_backward(grad, call.total, call.norm, call.output_dropout)
+        of_norm = sums[0], sums[1]
+    elif call.output_dropout is not None:
+        grad, _ = finishing.residual_norm(grad, call.output_dropout)
     grad_attended = _output_gradient(call, backend, grad, targets)
     if grad_weights is not None and call.average:
         grad_weights = grad_weights[:, None]
@@ -171,6 +182,8 @@ def backward(
             name: _mask_gradient(mask, gradient)
             for (name, mask), gradient in zip(wanted.items(), of_masks, strict=True)
         },
+        residual=of_total,
+        norm=of_norm,
     )
 
 

@@ -109,7 +109,7 @@ class PackedCall:
         made = layer.backward(call, grad, grad_weights, self.layout.views(grad_vector), mask_gradients)
         inputs = [x for x in made[:3] if x is not None]
         if call.residual is not None:
-            inputs[0] = inputs[0] + grad
+            inputs[0] = inputs[0] + made.residual
         inputs = [x if self.batched else x[0] for x in inputs]
         of_masks = {name: x.reshape(self.masks[name].shape) for name, x in made.masks.items()}  # type: ignore[union-attr]
         return (*inputs, grad_vector, *(made.bias_rows or (None, None)), *map(of_masks.get, self.masks))

@@ -82,3 +82,14 @@ PRODUCT = Table(
         *("main_thread", "packed", "scratch", "scratch_bytes"),
     ]
 )
+
+NORM = Table(
+    [
+        *("batch", "queries", "features"),
+        *_nested(("x", "residual", "total", "output"), VIEW_FIELDS),
+        *("scale", "bias", "grad_scale", "grad_bias", "normalise", "epsilon"),
+        *("dropout", "threshold", "seed", "dropout_offset", "batch_start", "query_start", "keep_scale"),
+        *("threads", "row_block", "partials", "main_thread", "scratch", "scratch_bytes"),
+    ],
+    doubles=frozenset({"epsilon", "keep_scale"}),
+)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mha.masks import MaskSpec
 from mha.optional import array_module, bfloat16
-from mha.random import DropoutState
+from mha.random import DropoutState, keep_scale
 
 Array = NDArray[Any]
 
@@ -38,12 +38,30 @@ _MOST_ELEMENTS = 2**59
 class Dropout:
     """Dropout of the attention weights: probability and what the mask is derived from.
 
-    `keep` is a mask given outright, (*batch, H, L, T); only the reference backend takes one.
+    `keep` is a mask given outright, (*batch, H, L, T); only the reference backend takes one. `kept` is the factor of
+    kept elements, None for 1 / (1 - p); with p = 0 and a factor everything is scaled.
     """
 
     p: float
     state: DropoutState | None = None
     keep: Array | None = None
+    kept: float | None = None
+
+    @property
+    def factor(self) -> float:
+        """Of kept elements."""
+        return keep_scale(self.p) if self.kept is None else self.kept
+
+
+class Norm(NamedTuple):
+    """Layer norm over the last axis: (x - mean) / sqrt(variance + epsilon) * scale + bias, the variance biased.
+
+    scale, bias : (E,) arrays or None, which are 1 and 0
+    """
+
+    scale: Array | None
+    bias: Array | None
+    epsilon: float
 
 
 class RowStatistics(NamedTuple):
@@ -99,7 +117,7 @@ class AttentionProblem:
             mask=mask,
             scale=checked_scale(scale, query.shape[-1]),
             softcap=checked_softcap(softcap),
-            dropout=dropout if dropout is not None and dropout.p > 0 else None,
+            dropout=dropout if dropout is not None and (dropout.p > 0 or dropout.factor != 1) else None,
         )
 
     @cached_property

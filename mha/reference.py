@@ -18,6 +18,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from mha.masks import MaskSpec, materialise
 from mha.optional import array_module
+from mha.problem import Norm
 from mha.random import attention_keep, keep_scale, output_keep
 
 Array = NDArray[Any]
@@ -52,6 +53,7 @@ def attention_forward(
     dropout_p: float = 0.0,
     dropout_state: tuple[int, int] | None = None,
     keep: NDArray[np.bool_] | None = None,
+    dropout_scale: float | None = None,
     dtype: DTypeLike | None = None,
 ) -> tuple[Array, Array, Array]:
     """Attention output, log-sum-exp of the scores, and weights.
@@ -71,6 +73,8 @@ def attention_forward(
         What the dropout mask is derived from; see `mha.random.attention_keep`.
     keep : bool array, optional
         The dropout mask itself, broadcastable to (*batch, H, L, T), in place of a state.
+    dropout_scale : float, optional
+        Factor of kept weights; None is 1 / (1 - dropout_p).
     dtype : dtype, optional
         Precision of the computation and of the results. None computes in the query's dtype, half precision in
         float32, and returns the query's dtype.
@@ -89,7 +93,7 @@ def attention_forward(
     ValueError
         If `dropout_p` is positive and neither `dropout_state` nor `keep` is given.
     """
-    s = _softmax(query, key, value, mask, scale, softcap, dropout_p, dropout_state, keep, dtype)
+    s = _softmax(query, key, value, mask, scale, softcap, dropout_p, dropout_state, keep, dropout_scale, dtype)
     weights = s.drop(s.probability)
     result = query.dtype if dtype is None else dtype
     return _visible_product(s.visible, weights, s.value).astype(result), s.lse, weights.astype(result)
@@ -108,6 +112,7 @@ def attention_backward(
     dropout_p: float = 0.0,
     dropout_state: tuple[int, int] | None = None,
     keep: NDArray[np.bool_] | None = None,
+    dropout_scale: float | None = None,
     dtype: DTypeLike | None = None,
     grad_weights: Array | None = None,
 ) -> tuple[Array, Array, Array, Array]:
@@ -127,7 +132,7 @@ def attention_backward(
     grad_scores : (*batch, H, L, T)
         Gradient with respect to what the masks add, in the computing dtype; 0 where hidden.
     """
-    s = _softmax(query, key, value, mask, scale, softcap, dropout_p, dropout_state, keep, dtype)
+    s = _softmax(query, key, value, mask, scale, softcap, dropout_p, dropout_state, keep, dropout_scale, dtype)
     xp = array_module(query)
     grad_output = grad_output.astype(s.query.dtype)
     grad_weight = grad_output @ s.value.swapaxes(-1, -2)
@@ -151,18 +156,51 @@ def attention_backward(
 
 
 def output_dropout(
-    x: Array, p: float, state: tuple[int, int] | None = None, keep: NDArray[np.bool_] | None = None
+    x: Array,
+    p: float,
+    state: tuple[int, int] | None = None,
+    keep: NDArray[np.bool_] | None = None,
+    scale: float | None = None,
 ) -> Array:
     """Dropout of a layer's output (N, L, E) or (L, E), in the dtype of `x`.
 
-    The state is the output's own: its offset is one more than that of the layer's attention weights.
+    The state is the output's own: its offset is one more than that of the layer's attention weights. `scale` is the
+    factor of kept elements, None for 1 / (1 - p).
     """
-    if keep is None and p > 0:
+    factor = keep_scale(p) if scale is None else scale
+    if keep is None and (p > 0 or factor != 1):
         if state is None:
             raise ValueError(f"dropout p={p} has neither a state nor a mask. Pass state=next_state() or keep.")
         *batch, length, features = x.shape
         keep = output_keep(state, p, math.prod(batch), length, features, xp=array_module(x)).reshape(x.shape)
-    return x if keep is None else _dropped(x, keep, p, array_module(x))
+    return x if keep is None else _dropped(x, keep, factor, array_module(x))
+
+
+def layer_norm(x: Array, norm: Norm) -> Array:
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis, in the computing dtype of `x`."""
+    normed, _ = _normed(x, norm)
+    normed = normed if norm.scale is None else normed * norm.scale.astype(normed.dtype)
+    return normed if norm.bias is None else normed + norm.bias.astype(normed.dtype)
+
+
+def layer_norm_backward(grad_output: Array, x: Array, norm: Norm) -> tuple[Array, Array, Array]:
+    """Gradients of x, scale and bias, in the computing dtype; of the last two also where they are None."""
+    normed, factor = _normed(x, norm)
+    grad = grad_output.astype(normed.dtype)
+    rows = tuple(range(x.ndim - 1))
+    of_scale, of_bias = (grad * normed).sum(axis=rows), grad.sum(axis=rows)
+    grad = grad if norm.scale is None else grad * norm.scale.astype(normed.dtype)
+    slope = (grad * normed).mean(axis=-1, keepdims=True)
+    return factor * (grad - grad.mean(axis=-1, keepdims=True) - normed * slope), of_scale, of_bias
+
+
+def _normed(x: Array, norm: Norm) -> tuple[Array, Array]:
+    """Without scale and bias; and the factor 1 / sqrt(variance + epsilon)."""
+    x = x.astype(x.dtype if x.dtype.itemsize > 8 else _computing_dtype(x.dtype))
+    centered = x - x.mean(axis=-1, keepdims=True)
+    centered = centered - centered.mean(axis=-1, keepdims=True)
+    factor = 1 / array_module(x).sqrt((centered * centered).mean(axis=-1, keepdims=True) + norm.epsilon)
+    return centered * factor, factor
 
 
 def _softmax(
@@ -175,6 +213,7 @@ def _softmax(
     dropout_p: float,
     dropout_state: tuple[int, int] | None,
     keep: NDArray[np.bool_] | None,
+    dropout_scale: float | None,
     dtype: DTypeLike | None,
 ) -> _Softmax:
     xp = array_module(query, key, value)
@@ -198,12 +237,13 @@ def _softmax(
         scores = xp.maximum(scores + bias, lowest)
     probability, lse = _normalise(xp.where(visible, scores, -np.inf).astype(computing), xp)
 
-    if keep is None and dropout_p > 0:
+    factor = keep_scale(dropout_p) if dropout_scale is None else dropout_scale
+    if keep is None and (dropout_p > 0 or factor != 1):
         if dropout_state is None:
             raise ValueError(f"dropout_p={dropout_p} has neither a state nor a mask. Pass dropout_state or keep.")
         keep = attention_keep(dropout_state, dropout_p, math.prod(batch), heads, queries, keys, xp=xp)
         keep = keep.reshape(scores.shape)
-    drop = (lambda x: x) if keep is None else (lambda x: _dropped(x, keep, dropout_p, xp))
+    drop = (lambda x: x) if keep is None else (lambda x: _dropped(x, keep, factor, xp))
     return _Softmax(q, k, v, visible, probability, lse, slope, drop)
 
 
@@ -234,8 +274,8 @@ def _computing_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     return np.dtype(np.float64 if np.dtype(dtype).itemsize == 8 else np.float32)
 
 
-def _dropped(x: Array, keep: NDArray[np.bool_], p: float, xp: ModuleType) -> Array:
-    dropped: Array = xp.where(keep, x * keep_scale(p), 0)
+def _dropped(x: Array, keep: NDArray[np.bool_], factor: float, xp: ModuleType) -> Array:
+    dropped: Array = xp.where(keep, x * factor, 0)
     return dropped.astype(x.dtype)
 
 

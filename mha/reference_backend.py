@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from mha import reference
 from mha.matrix import Matrix
 from mha.optional import array_module
-from mha.problem import COMPUTING, AttentionProblem, Dropout, RowStatistics
+from mha.problem import COMPUTING, AttentionProblem, Dropout, Norm, RowStatistics
 
 Array = NDArray[Any]
 
@@ -76,11 +76,26 @@ def pack(right: Matrix) -> Matrix:
     return right
 
 
-def output_dropout(x: Array, dropout: Dropout | None, residual: Array | None = None) -> Array:
-    """See `mha.cpu.output_dropout`."""
+def residual_norm(
+    x: Array, dropout: Dropout | None = None, residual: Array | None = None, norm: Norm | None = None
+) -> tuple[Array, Array]:
+    """See `mha.cpu.residual_norm`."""
+    total = x.astype(COMPUTING[x.dtype])
     if dropout is not None:
-        x = reference.output_dropout(x, dropout.p, dropout.state, dropout.keep)
-    return x + residual if residual is not None else x.copy()
+        total = reference.output_dropout(total, dropout.p, dropout.state, dropout.keep, dropout.factor)
+    if residual is not None:
+        total = total + residual.astype(total.dtype)
+    stored = total.astype(x.dtype)
+    return (stored if norm is None else reference.layer_norm(total, norm).astype(x.dtype)), stored
+
+
+def residual_norm_backward(
+    grad_output: Array, total: Array, norm: Norm, dropout: Dropout | None = None
+) -> tuple[Array, Array, Array, Array]:
+    """See `mha.cpu.residual_norm_backward`."""
+    grad, of_scale, of_bias = reference.layer_norm_backward(grad_output, total, norm)
+    grad = grad.astype(total.dtype)
+    return grad, (grad if dropout is None else residual_norm(grad, dropout)[0]), of_scale, of_bias
 
 
 def _forward(p: AttentionProblem) -> tuple[Array, Array, Array]:
@@ -91,4 +106,5 @@ def _options(p: AttentionProblem) -> dict[str, Any]:
     options: dict[str, Any] = {"scale": p.scale, "softcap": p.softcap}
     if p.dropout is not None:
         options |= {"dropout_p": p.dropout.p, "dropout_state": p.dropout.state, "keep": p.dropout.keep}
+        options["dropout_scale"] = p.dropout.factor
     return options

@@ -48,6 +48,7 @@ enum { MHA_FLOAT32, MHA_FLOAT64, MHA_FLOAT16, MHA_BFLOAT16, MHA_BOOL };
 #include "tile.h"
 #include "mask.h"
 #include "online_softmax.h"
+#include "norm.h"
 #undef MHA_REAL
 #undef MHA_BITS
 #undef MHA_IS_FLOAT
@@ -62,6 +63,7 @@ enum { MHA_FLOAT32, MHA_FLOAT64, MHA_FLOAT16, MHA_BFLOAT16, MHA_BOOL };
 #include "tile.h"
 #include "mask.h"
 #include "online_softmax.h"
+#include "norm.h"
 #undef MHA_REAL
 #undef MHA_BITS
 #undef MHA_IS_FLOAT
@@ -97,6 +99,8 @@ enum { MHA_FLOAT32, MHA_FLOAT64, MHA_FLOAT16, MHA_BFLOAT16, MHA_BOOL };
     MHA_PICK(load_vector, out)(storage, base, start, stride, count, out, out_stride)
 #define store_vector(storage, base, start, stride, count, value, ...) \
     MHA_PICK(store_vector, value)(storage, base, start, stride, count, value, __VA_ARGS__)
+#define normalise_row(count, x, epsilon) MHA_PICK(normalise_row, x)(count, x, epsilon)
+#define normalise_row_gradient(count, x, g, factor) MHA_PICK(normalise_row_gradient, x)(count, x, g, factor)
 #define all_finite(x, ...) MHA_PICK(all_finite, x)(x, __VA_ARGS__)
 
 #endif

@@ -117,6 +117,43 @@ cdef struct ProductParams:
     int64_t scratch_bytes           # of one thread
 
 
+cdef struct NormParams:
+    # residual_norm: total = dropout(x) + residual, output = norm(total) * scale + bias; arrays (N, L, E), heads 1
+    int64_t batch
+    int64_t queries
+    int64_t features
+    TensorView x
+    TensorView residual
+    TensorView total
+    TensorView output
+    const void* scale               # (E,), in the computing type; NULL: 1
+    const void* bias                # NULL: 0
+    void* grad_scale
+    void* grad_bias
+    int64_t normalise
+    double epsilon
+    # dropout, as in AttentionParams
+    int64_t dropout
+    int64_t threshold
+    int64_t seed
+    int64_t dropout_offset
+    int64_t batch_start
+    int64_t query_start
+    double keep_scale
+    int64_t threads
+    int64_t row_block               # rows in a work item
+    char* partials                  # backward: (blocks, 2, E) sums
+    int64_t main_thread
+    char* scratch
+    int64_t scratch_bytes           # of one thread
+
+
+cdef inline const NormParams* checked_norm_params(const unsigned char[::1] buffer) except NULL:
+    if buffer.shape[0] != <Py_ssize_t>sizeof(NormParams):
+        raise ValueError(f"parameter block of {buffer.shape[0]} bytes where {sizeof(NormParams)} are expected")
+    return <const NormParams*>&buffer[0]
+
+
 cdef inline const ProductParams* checked_product_params(const unsigned char[::1] buffer) except NULL:
     if buffer.shape[0] != <Py_ssize_t>sizeof(ProductParams):
         raise ValueError(f"parameter block of {buffer.shape[0]} bytes where {sizeof(ProductParams)} are expected")

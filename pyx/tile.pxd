@@ -51,6 +51,9 @@ cdef extern from "lanes.h" nogil:
     void store_vector(int storage, void* base, Py_ssize_t start, Py_ssize_t stride, Py_ssize_t count,
                       const void* value, Py_ssize_t value_stride, double factor)
     int all_finite(const void* x, Py_ssize_t rows, Py_ssize_t row, Py_ssize_t columns, Py_ssize_t column)
+    # norm.h
+    double normalise_row(Py_ssize_t count, void* x, double epsilon)
+    void normalise_row_gradient(Py_ssize_t count, const void* x, void* g, double factor)
     # philox.h
     void mha_philox_groups(Py_ssize_t count, uint32_t first, uint32_t c1, uint32_t c2, uint32_t offset, uint32_t k0,
                            uint32_t k1, uint32_t* words)

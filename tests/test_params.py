@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mha.params import ATTENTION, PRODUCT, STORAGE, Table
+from mha.params import ATTENTION, NORM, PRODUCT, STORAGE, Table
 
 SOURCE = Path(__file__).parents[1] / "pyx"
 
@@ -31,7 +31,9 @@ def flattened(name: str, prefix: str = "") -> list[tuple[str, str]]:
     return fields
 
 
-@pytest.mark.parametrize(("struct", "table"), [("AttentionParams", ATTENTION), ("ProductParams", PRODUCT)])
+@pytest.mark.parametrize(
+    ("struct", "table"), [("AttentionParams", ATTENTION), ("ProductParams", PRODUCT), ("NormParams", NORM)]
+)
 def test_fields_and_their_order_agree(struct: str, table: Table) -> None:
     declared = flattened(struct)
     assert [field for _, field in declared] == list(table.names)
@@ -39,7 +41,7 @@ def test_fields_and_their_order_agree(struct: str, table: Table) -> None:
 
 
 def test_every_field_is_eight_bytes_wide() -> None:
-    kinds = {kind for struct in ("AttentionParams", "ProductParams") for kind, _ in flattened(struct)}
+    kinds = {kind for struct in ("AttentionParams", "ProductParams", "NormParams") for kind, _ in flattened(struct)}
     assert all(kind in ("int64_t", "double") or kind.endswith("*") for kind in kinds), kinds
 
 
@@ -56,6 +58,6 @@ def test_a_block_of_the_wrong_size_is_refused() -> None:
     from mha.cpu import load
 
     kernels = load.kernels(load.chosen_level())
-    for name in ("attention_forward", "attention_backward", "product"):
+    for name in ("attention_forward", "attention_backward", "product", "residual_norm"):
         with pytest.raises(ValueError, match="parameter block of 16 bytes"):
             getattr(kernels, name)(bytearray(16), False)

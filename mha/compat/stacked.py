@@ -60,6 +60,7 @@ class StackedCall:
         held = {name: x for name in PARAMETERS if (x := parameters.get(name)) is not None}
         xp = array_module(*inputs.values(), *held.values())
         check_dtypes(inputs | held)
+        held = {name: usable(x, xp) for name, x in held.items()}
         axes = "(length, N, width)" if length_first else "(N, length, width)"
         q, k, v = (_batch_first(x, length_first) for x in inputs.values())
         front.check_inputs(q, k, v, q.shape[-1] if embed_dim is None else embed_dim, axes)

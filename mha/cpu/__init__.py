@@ -9,10 +9,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mha.cpu import launch, load
-from mha.cpu.plan import AttentionPlan, Facts, Sizes, plan_backward, plan_forward, plan_product, plan_rows
+from mha.cpu.plan import (
+    AttentionPlan,
+    Facts,
+    Sizes,
+    plan_backward,
+    plan_forward,
+    plan_product,
+    plan_residual_norm,
+    plan_rows,
+)
 from mha.cpu.threads import get_num_threads
 from mha.matrix import Matrix
-from mha.problem import COMPUTING, AttentionProblem, Dropout, RowStatistics
+from mha.problem import COMPUTING, AttentionProblem, Dropout, Norm, RowStatistics
 
 Array = NDArray[Any]
 
@@ -182,13 +191,35 @@ def pack(right: Matrix) -> launch.PackedMatrix:
     return launch.pack(right, plan_product(1024, right.shape[1], right.shape[0], False, facts), facts)
 
 
-def output_dropout(x: Array, dropout: Dropout | None, residual: Array | None = None) -> Array:
-    """Dropout of a layer's output (N, L, E), plus the residual."""
-    out = np.empty(x.shape, x.dtype)
-    if out.size:
+def residual_norm(
+    x: Array, dropout: Dropout | None = None, residual: Array | None = None, norm: Norm | None = None
+) -> tuple[Array, Array]:
+    """norm(total) and total = dropout(x) + residual, (N, L, E) each; without a norm both are one array."""
+    plain = dropout is None and residual is None
+    output = np.empty(x.shape, x.dtype)
+    total = output if norm is None else x if plain else np.empty(x.shape, x.dtype)
+    if x.size:
         facts = _facts(COMPUTING[x.dtype])
-        launch.output_dropout(x, residual, out, dropout, facts, facts.threads if x.size > 100_000 else 1)
-    return out
+        arrays = {"x": x, "residual": residual, "output": output, "total": None if norm is None or plain else total}
+        plan = plan_residual_norm(x.shape[0] * x.shape[1], x.shape[2], facts)
+        launch.residual_norm("residual_norm", arrays, None, dropout, norm, plan, facts)
+    return output, total
+
+
+def residual_norm_backward(
+    grad_output: Array, total: Array, norm: Norm, dropout: Dropout | None = None
+) -> tuple[Array, Array, Array, Array]:
+    """Gradients of total, which is that of the residual, of x, and of scale and bias in the computing dtype."""
+    computing = COMPUTING[total.dtype]
+    of_total = np.empty(total.shape, total.dtype)
+    of_x = of_total if dropout is None else np.empty(total.shape, total.dtype)
+    sums = np.zeros(total.shape[2], computing), np.zeros(total.shape[2], computing)
+    if total.size:
+        facts = _facts(computing)
+        arrays = {"total": total, "output": grad_output, "residual": of_total, "x": None if dropout is None else of_x}
+        plan = plan_residual_norm(total.shape[0] * total.shape[1], total.shape[2], facts)
+        launch.residual_norm("residual_norm_backward", arrays, sums, dropout, norm, plan, facts)
+    return of_total, of_x, *sums
 
 
 def sizes_of(problem: AttentionProblem) -> Sizes:

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mha.cpu.plan import AttentionPlan, Facts, ProductPlan
+from mha.cpu.plan import AttentionPlan, Facts, ProductPlan, RowsPlan
 from mha.masks import MaskSpec
 from mha.matrix import Matrix
-from mha.params import ATTENTION, PRODUCT, STORAGE, Table
-from mha.problem import COMPUTING, AttentionProblem, Dropout, usable
-from mha.random import keep_scale, threshold
+from mha.params import ATTENTION, NORM, PRODUCT, STORAGE, Table
+from mha.problem import COMPUTING, AttentionProblem, Dropout, Norm, usable
+from mha.random import threshold
 
 Array = NDArray[Any]
 
@@ -127,7 +127,8 @@ def attention(problem: AttentionProblem, kernels: ModuleType) -> Launch:
     for name, x in (("query", p.query), ("key", p.key), ("value", p.value)):
         launch.view(name, x, p.batch_shape)
     _masks(launch, p.mask, p)
-    _dropout(launch, p.dropout, p.heads)
+    _dropout(launch, p.dropout)
+    launch.set(total_heads=p.heads, grad_weights_scale=1.0)
     return launch
 
 
@@ -159,27 +160,42 @@ def _masks(launch: Launch, mask: MaskSpec, p: AttentionProblem) -> None:
             launch.view(name, usable(pairs, np), p.batch_shape)
 
 
-def _dropout(launch: Launch, dropout: Dropout | None, heads: int) -> None:
-    launch.set(keep_scale=1.0, grad_weights_scale=1.0, total_heads=heads)
+def _dropout(launch: Launch, dropout: Dropout | None) -> None:
+    launch.set(keep_scale=1.0)
     if dropout is not None and dropout.state is not None:
         seed = dropout.state.seed & 0xFFFFFFFFFFFFFFFF
         seed -= (seed >> 63) << 64  # two's complement
-        launch.set(dropout=1, threshold=threshold(dropout.p), keep_scale=keep_scale(dropout.p))
+        launch.set(dropout=1, threshold=threshold(dropout.p), keep_scale=dropout.factor)
         launch.set(seed=seed, dropout_offset=dropout.state.offset)
 
 
-def output_dropout(
-    x: Array, residual: Array | None, out: Array, dropout: Dropout | None, facts: Facts, threads: int
+def residual_norm(
+    kernel: str,
+    arrays: dict[str, Array | None],
+    sums: tuple[Array, Array] | None,
+    dropout: Dropout | None,
+    norm: Norm | None,
+    plan: RowsPlan,
+    facts: Facts,
 ) -> None:
-    """out = dropout(x) + residual, all (N, L, E)."""
-    launch = Launch(ATTENTION, facts.kernels, COMPUTING[x.dtype])
-    launch.set(batch=x.shape[0], heads=1, kv_heads=1, queries=x.shape[1], head_dim=x.shape[2])
-    named = {"query": x, "output": out} | ({} if residual is None else {"key": residual})
-    for name, array in named.items():
-        launch.view(name, array[:, None], x.shape[:1])
-    _dropout(launch, dropout, 1)
+    """`residual_norm` or its backward: `arrays` by the names of the block, (N, L, E) each; `sums` for the backward."""
+    shape, dtype = next((x.shape, x.dtype) for x in arrays.values() if x is not None)
+    launch = Launch(NORM, facts.kernels, COMPUTING[dtype])
+    launch.set(batch=shape[0], queries=shape[1], features=shape[2], row_block=plan.row_block)
+    for name, array in arrays.items():
+        if array is not None:
+            launch.view(name, array[:, None], shape[:1])
+    if norm is not None:
+        launch.set(normalise=1, epsilon=float(norm.epsilon))
+        for name, x in (("scale", norm.scale), ("bias", norm.bias)):
+            launch.pointer(name, None if x is None else np.ascontiguousarray(x, launch.computing))
+    if sums is not None:
+        launch.pointer("grad_scale", sums[0])
+        launch.pointer("grad_bias", sums[1])
+        launch.room("partials", plan.blocks * 2 * shape[2] * launch.computing.itemsize)
+    _dropout(launch, dropout)
     launch.set(main_thread=_in_main_thread())
-    launch.run("output_dropout", threads)
+    launch.run(kernel, plan.threads)
 
 
 def product(
@@ -191,7 +207,7 @@ def product(
     source = right.matrix if isinstance(right, PackedMatrix) else right
     for name, matrix in (("left", left), ("right", source), ("out", out)):
         launch.fill(f"{name}.data", _matrix_view(matrix))
-    launch.pointer("bias", bias)
+    launch.pointer("bias", None if bias is None else np.ascontiguousarray(bias))
     launch.set(vectors=plan.vectors, row_block=plan.row_block, panels=plan.panels, k_block=plan.k_block)
     if isinstance(right, PackedMatrix):
         launch.set(right_lies=_PACKED, packed=right.address)

@@ -115,6 +115,29 @@ def plan_rows(kernel: str, sizes: Sizes, facts: Facts) -> AttentionPlan:
 
 
 @dataclass(frozen=True)
+class RowsPlan:
+    """How the rows of an output are shared out."""
+
+    threads: int
+    row_block: int
+    blocks: int
+
+
+#: At most so many blocks of rows, each with its own sums; some per thread of a large machine.
+_ROW_BLOCKS = 256
+#: Below this many elements the calling thread works alone.
+_SMALL_ROWS = 100_000
+
+
+def plan_residual_norm(rows: int, features: int, facts: Facts) -> RowsPlan:
+    """Dropout, residual link and layer norm of (N * L, E); which rows are a block does not depend on the threads."""
+    row_block = max(16, _ceil(rows, _ROW_BLOCKS))
+    blocks = _ceil(rows, row_block)
+    threads = facts.threads if rows * features > _SMALL_ROWS else 1
+    return RowsPlan(min(threads, blocks), row_block, blocks)
+
+
+@dataclass(frozen=True)
 class ProductPlan:
     """How one matrix product runs."""
 

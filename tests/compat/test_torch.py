@@ -208,6 +208,36 @@ def test_separate_weights_of_any_width() -> None:
     np.testing.assert_allclose(result, expected.swapaxes(0, 1), rtol=1e-11)
 
 
+@pytest.mark.parametrize("form", ["strided", "swapped bytes", "unaligned", "read-only"])
+def test_arrays_of_any_form(form: str) -> None:
+    """Inputs, weights, biases, masks and appended rows, forward and backward."""
+
+    def formed(x: Any) -> Any:
+        if not isinstance(x, np.ndarray):
+            return x
+        if form == "strided":
+            return np.repeat(x, 2, axis=-1)[..., ::2]
+        if form == "swapped bytes":
+            return x.astype(x.dtype.newbyteorder())
+        if form == "unaligned":
+            return np.frombuffer(b"." + x.tobytes(), x.dtype, offset=1).reshape(x.shape)
+        x.flags.writeable = False
+        return x
+
+    given = dict(
+        query=array(5, 2, 8), key=array(6, 2, 8), value=array(6, 2, 8), embed_dim_to_check=8, num_heads=2,
+        in_proj_weight=array(24, 8), in_proj_bias=array(24), bias_k=array(1, 1, 8), bias_v=array(1, 1, 8),
+        add_zero_attn=True, dropout_p=0.0, out_proj_weight=array(8, 8), out_proj_bias=array(8), attn_mask=array(5, 6),
+        key_padding_mask=array(2, 6),
+    )  # fmt: skip
+    (output, _), backward = compat.multi_head_attention_forward_vjp(**given)
+    right = backward(np.ones_like(output), mask_gradients=True)
+    (found, _), backward = compat.multi_head_attention_forward_vjp(**{n: formed(x) for n, x in given.items()})
+    np.testing.assert_allclose(found, output, rtol=1e-12)
+    for name, x in backward(formed(np.ones_like(output)), mask_gradients=True).items():
+        np.testing.assert_allclose(x, right[name], rtol=1e-10, atol=1e-12, err_msg=name)
+
+
 def test_signatures_are_torchs() -> None:
     """Parameter names, order and defaults of PyTorch 2.13."""
     forward = inspect.signature(compat.multi_head_attention_forward)

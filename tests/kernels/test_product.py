@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from tolerance import DTYPES, TRUTH, assert_as_good_as_naive
 
-from mha import cpu, optional, reference
+from mha import cpu, optional
 from mha.matrix import Matrix, heads_of, rows_of
-from mha.problem import COMPUTING, Dropout
-from mha.random import DropoutState
+from mha.problem import COMPUTING
 
 SIZES = [(1, 1, 1), (1, 65, 7), (3, 5, 0), (7, 33, 300), (97, 130, 64), (100, 16, 513), (30, 200, 40), (200, 64, 257)]
 
@@ -81,17 +80,6 @@ def test_half_types_round_to_nearest_even(dtype: str, level: str) -> None:
     cpu.product(rows_of(finite.reshape(-1, 1)), rows_of(third), rows_of(out))
     right = (finite.astype(np.float32) * third.astype(np.float32)[0, 0]).astype(kind)
     np.testing.assert_array_equal(out[:, 0].astype(np.float32), right.astype(np.float32))
-
-
-@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_output_dropout_is_the_references(dtype: str, p: float, level: str) -> None:
-    x, residual = (normal(3, 5, 29, dtype=DTYPES[dtype], salt=i) for i in range(2))
-    dropout = Dropout(p, DropoutState(2**63 + 5, 7)) if p else None
-    dropped = reference.output_dropout(x.astype(COMPUTING[x.dtype]), p, dropout.state if dropout else None)
-    np.testing.assert_array_equal(cpu.output_dropout(x, dropout), dropped.astype(x.dtype))
-    both = (dropped + residual.astype(dropped.dtype)).astype(x.dtype)
-    np.testing.assert_array_equal(cpu.output_dropout(x, dropout, residual), both)
 
 
 def test_bfloat16_is_tested_where_it_can_be() -> None:
