@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard pyx/*)
 
-.PHONY: demo test test-all test-text test-torch bench lint clean
+.PHONY: demo test test-all test-text test-torch parameter-table bench lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m mha demo $(ARGS)
@@ -24,6 +24,11 @@ test-text: $(VENV)/.tests
 test-torch: $(VENV)/.tests
 	$(BIN)/python -m pip install --quiet torch==2.13.0 expecttest
 	$(BIN)/python -m pytest -m "not slow" tests/compat/test_torch_live.py $(ARGS)
+
+# Which test shows which parameter of the five systems, from the calls that the tests make.
+parameter-table: $(VENV)/.tests
+	$(BIN)/python -m pip install --quiet torch==2.13.0 expecttest
+	$(BIN)/python -m pytest -q -m "not slow" tests/compat --parameter-table tests/compat/PARAMETERS.md $(ARGS)
 
 bench: $(VENV)/.tests
 	$(BIN)/python -m bench $(ARGS)

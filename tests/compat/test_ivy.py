@@ -328,3 +328,16 @@ def test_module_as_an_object() -> None:
     for other in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)):
         np.testing.assert_array_equal(other.eval()(x), layer.eval()(x))
         layer.train()
+
+
+def test_module_masks() -> None:
+    layer = ivy.MultiHeadAttention(8, num_heads=2, device="cpu", attention_axes=(1, 2), dtype="float64")
+    x, mask = array(2, 3, 8), array(3, 3)
+    output = layer(x, attention_mask=mask)
+    np.testing.assert_array_equal(
+        output, ivy.multi_head_attention(x, num_heads=2, attention_mask=mask, **layer.state_dict())
+    )
+    gradient = layer.backward(output, mask_gradients=True).attn_mask
+    assert gradient is not None
+    assert gradient.shape == (3, 3)
+    assert np.abs(gradient.sum(axis=1)).max() < 1e-12 < np.abs(gradient).max()

@@ -263,6 +263,37 @@ def test_layer_options() -> None:
         layer(x, x + 1)
 
 
+def test_initial_values_and_what_has_no_effect() -> None:
+    values = {name: array(*shape).astype("f4") for name, shape in
+              {"qkv_weight": (3, 3, 4, 12), "linear_weight": (12, 12), "pre_ln_scale": (12,), "pre_ln_bias": (12,),
+               "ln_bias": (12,)}.items()}  # fmt: skip
+    attrs = {f"{name}_attr": x for name, x in values.items()}
+    for before in (False, True):
+        layer = paddle.FusedMultiHeadAttention(12, 3, normalize_before=before, vdim=7, name="attention", device="cpu",
+                                               **attrs)  # fmt: skip
+        for name, x in layer.state_dict().items():
+            if name in values:
+                np.testing.assert_array_equal(x, values[name])
+        assert ("pre_ln_scale" in layer.state_dict()) == before
+    with pytest.raises(TypeError):
+        paddle.FusedMultiHeadAttention(12, 3, qkv_weight_attr=False)
+    given = CASES["post"]
+    np.testing.assert_array_equal(
+        paddle.fused_multi_head_attention(**given, name="block"), paddle.fused_multi_head_attention(**given)
+    )
+
+
+def test_the_mask_of_the_layer_has_a_gradient() -> None:
+    layer = paddle.FusedMultiHeadAttention(12, 3, 0.0, 0.0, dtype="float64")
+    x, mask = array(2, 5, 12), array(5, 5)
+    output = layer(x, attn_mask=mask)
+    assert layer.backward(output).attn_mask is None
+    layer(x, attn_mask=mask)
+    gradient = layer.backward(output, mask_gradients=True).attn_mask
+    assert gradient is not None
+    assert np.abs(gradient.sum(axis=1)).max() < 1e-12 < np.abs(gradient).max()
+
+
 GIVEN = arguments(False)
 BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "mode": ({"mode": "downgrade"}, ValueError, "downgrade"),

@@ -181,3 +181,18 @@ def test_sizes_of_testthat(kind: str) -> None:
     output, weights = made(*inputs, avg_weights=averaged)
     assert output.shape == (5, 8, 32)
     assert weights.shape == ((8, 5, 5) if averaged else (8, 8, 5, 5))
+
+
+def test_dropout_is_for_training() -> None:
+    weights = dict(in_proj_weight=RNG.standard_normal((24, 8)), out_proj_weight=RNG.standard_normal((8, 8)))
+    given = weights | dict.fromkeys(("in_proj_bias", "bias_k", "bias_v", "out_proj_bias"))
+    options = dict(embed_dim_to_check=8, num_heads=2, add_zero_attn=False, dropout_p=0.5)
+    for training in (True, False):
+        first, second = (
+            compat.nnf_multi_head_attention_forward(X, X, X, **given, **options, training=training)[0] for _ in range(2)
+        )
+        assert np.allclose(first, second) != training
+
+
+def test_where_and_what_the_arrays_are() -> None:
+    assert compat.nn_multihead_attention(8, 2, device="cpu", dtype="float16").out_proj.weight.dtype == np.float16

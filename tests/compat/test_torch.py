@@ -325,3 +325,17 @@ def test_bad_gradients() -> None:
     _, backward = compat.scaled_dot_product_attention_vjp(X, X, X)
     with pytest.raises(ValueError, match="returns no weights"):
         backward(X, X)
+
+
+def test_dropout_of_scaled_dot_product_attention_is_replayed() -> None:
+    q, k, v = array(2, 3, 4, 8), array(2, 3, 6, 8), array(2, 3, 6, 5)
+    mha.seed(1)
+    output, backward = compat.scaled_dot_product_attention_vjp(q, k, v, dropout_p=0.4)
+    assert not np.allclose(output, compat.scaled_dot_product_attention(q, k, v))
+    direction, step = array(*v.shape), 1e-6
+    sides = []
+    for sign in (1, -1):
+        mha.seed(1)
+        sides.append(compat.scaled_dot_product_attention(q, k, v + sign * step * direction, dropout_p=0.4).sum())
+    slope = (sides[0] - sides[1]) / (2 * step)
+    assert abs(slope - (backward(np.ones_like(output))["value"] * direction).sum()) < 1e-6

@@ -116,6 +116,8 @@ ln_scale_attr, ln_bias_attr : optional
         unused = ("ln_scale", "ln_bias") if self.normalize_before else ("pre_ln_scale", "pre_ln_bias")
         rng = next_generator()
         for own, attr in attrs.items():
+            if attr is False and own.endswith("weight"):
+                raise TypeError(f"{own}_attr is False: a layer cannot be without {own}. Pass None or an array.")
             absent = own in unused or attr is False
             setattr(self, own, None if absent else self._initial(own, attr, rng))
 
