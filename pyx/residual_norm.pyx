@@ -65,10 +65,13 @@ cdef void forward_row(const NormParams* p, int64_t n, int64_t i, NormScratch* sc
         write_features(p, &p.total, n, i, x)
     if p.normalise:
         normalise_row(p.features, x, p.epsilon)
-    if scale != NULL:
+    if scale != NULL and bias != NULL:
+        for e in range(p.features):
+            x[e] = x[e] * scale[e] + bias[e]
+    elif scale != NULL:
         for e in range(p.features):
             x[e] *= scale[e]
-    if bias != NULL:
+    elif bias != NULL:
         for e in range(p.features):
             x[e] += bias[e]
     write_features(p, &p.output, n, i, x)
