@@ -41,6 +41,7 @@ def test_products_with_and_without_bias_and_transposed(size: tuple[int, int, int
     left, right, bias = normal(m, k, dtype=kind), normal(k, n, dtype=kind), normal(n, dtype=kind, salt=1)
     for b in (None, bias):
         check(rows_of(left), rows_of(right), rows_of(np.full((m, n), 9, kind)), b)
+        check(rows_of(left), rows_of(right.T.copy()).T, rows_of(np.full((m, n), 9, kind)), b)
     check(rows_of(left.T.copy()).T, rows_of(right.T.copy()).T, rows_of(np.full((n, m), 9, kind)).T)
 
 
@@ -54,6 +55,16 @@ def test_heads_are_read_and_written_in_place(dtype: str, level: str) -> None:
     grad = heads_of(memory[:, :, :9])
     check(grad, rows_of(weight).T, rows_of(np.empty_like(x)))
     check(rows_of(x).T, grad, rows_of(np.empty_like(weight)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_few_rows_against_weights_by_rows(dtype: str, level: str) -> None:
+    """Weights (out-features, in-features), heads written in place, with a bias."""
+    kind = DTYPES[dtype]
+    x, weight, bias = normal(2, 1, 20, dtype=kind), normal(3 * 17, 20, dtype=kind), normal(51, dtype=kind, salt=1)
+    memory = np.full((2, 3, 4, 17), 5, kind)
+    check(rows_of(x), rows_of(weight).T, heads_of(memory[:, :, :1]), bias)
+    assert (memory[:, :, 1:] == 5).all(), "other rows were touched"
 
 
 def test_a_wide_matrix_used_where_it_lies_is_not_read_past_its_end(level: str) -> None:
