@@ -1,17 +1,15 @@
 """Fused multi-head attention, forward and backward, for arrays without a deep-learning framework.
 
-    functional  module                      names, defaults, docstrings
-        |          |
-      layer  <-- packing, convert           parameters: one flat vector, foreign formats
-        |     \\
-      core     projection -- matrix         attention on heads; the products around it
-        |  \\
-        |   masks                           the only place that interprets a mask
-      problem                               the only validator of shapes and dtypes
-        |
-      dispatch                              type of the arrays -> backend
-        |
-      cpu | reference_backend               plan (pure) -> launch (memory) -> kernel
+From top to bottom; imports go down only.
+
+    functional, module, compat.*     names, defaults, docstrings; compat: five other systems' own
+    packed_call, compat.stacked      parameter formats: one flat vector, stacked matrices (packing, convert)
+    layer, core                      projections around attention on heads; attention on heads
+    projection, matrix               the products around it
+    masks                            the only place that interprets a mask
+    problem                          the only validator of shapes and dtypes
+    dispatch                         type of the arrays -> backend
+    cpu | reference_backend          plan (pure) -> launch (memory) -> kernel
 """
 
 from mha import convert, random
