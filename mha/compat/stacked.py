@@ -137,8 +137,8 @@ class StackedCall:
         if f"static_{name[0]}" in self.given:
             zeros: Array = self.call.xp.zeros(x.shape, x.dtype)
             return zeros
-        joined = heads[name].swapaxes(1, 2)
-        return self._outward(joined.reshape(*joined.shape[:2], -1))
+        batch, count, length, width = heads[name].shape
+        return self._outward(heads[name].swapaxes(1, 2).reshape(batch, length, count * width))
 
     def _outward(self, x: Array) -> Array:
         """(N, length, width) -> the caller's axes."""
@@ -248,7 +248,7 @@ def _ready_heads(
         if f"static_{name[0]}" in held:
             heads[name] = _static_heads(held, name, query.shape[0], num_heads, widths)
         elif f"{name[0]}_weight" not in weights:
-            heads[name] = x.reshape(*x.shape[:2], num_heads, -1).swapaxes(1, 2)
+            heads[name] = x.reshape(*x.shape[:2], num_heads, x.shape[2] // num_heads).swapaxes(1, 2)
     return heads
 
 

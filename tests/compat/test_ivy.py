@@ -246,6 +246,22 @@ def test_containers_have_the_same_keys() -> None:
         ivy.multi_head_attention({"a": {"x": array(4, 8)}}, attention_mask={"a": {"y": array(4, 4)}})
 
 
+@pytest.mark.parametrize("sizes", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0, 0)])
+@pytest.mark.parametrize("weights", [{}, {"in_proj_weights": array(24, 8)}])
+def test_sizes_of_zero(sizes: tuple[int, int, int], weights: dict[str, Any]) -> None:
+    batch, queries, keys = sizes
+    (output, attention), backward = ivy.multi_head_attention_vjp(
+        array(batch, queries, 8), key=array(batch, keys, 8), value=array(batch, keys, 8), num_heads=2,
+        return_attention_weights=True, **weights,
+    )  # fmt: skip
+    assert output.shape == (batch, queries, 8)
+    assert attention.shape == (batch, queries, keys)
+    assert not output.any()
+    gradients = backward(np.ones_like(output))
+    assert gradients["key"].shape == (batch, keys, 8)
+    assert all(np.isfinite(x).all() for x in gradients.values())
+
+
 def test_signature_is_ivys() -> None:
     parameters = list(inspect.signature(ivy.multi_head_attention).parameters.values())
     assert parameters[0].kind is inspect.Parameter.POSITIONAL_ONLY

@@ -181,11 +181,13 @@ def test_half_precision_with_single_norms(pre: bool, dtype: Any) -> None:
         assert np.abs(x.astype(float) - expected[n]).max() <= 60 * spacing * np.abs(expected[n]).max(), n
 
 
-def test_no_samples() -> None:
-    given = CASES["post"] | {"x": np.zeros((0, 5, FEATURES)), "attn_mask": None}
+@pytest.mark.parametrize("sizes", [(0, 5), (2, 0), (0, 0)])
+@pytest.mark.parametrize("pre", [False, True])
+def test_sizes_of_zero(sizes: tuple[int, int], pre: bool) -> None:
+    given = arguments(pre) | {"x": np.zeros((*sizes, FEATURES)), "attn_mask": None, "dropout_rate": 0.5}
     result, backward = paddle.fused_multi_head_attention_vjp(**given)
-    assert result.shape == (0, 5, FEATURES)
-    assert not backward(result)["qkv_weight"].any()
+    assert result.shape == (*sizes, FEATURES)
+    assert not any(x.any() for x in backward(result).values())
 
 
 def test_inputs_may_be_views() -> None:

@@ -208,6 +208,21 @@ def test_separate_weights_of_any_width() -> None:
     np.testing.assert_allclose(result, expected.swapaxes(0, 1), rtol=1e-11)
 
 
+@pytest.mark.parametrize("sizes", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0, 0)])
+@pytest.mark.parametrize("appended", [{}, {"add_bias_kv": True, "add_zero_attn": True}])
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_sizes_of_zero(sizes: tuple[int, int, int], appended: dict[str, Any], need_weights: bool) -> None:
+    batch, queries, keys = sizes
+    layer = module(8, 2, batch_first=True, **appended)
+    output, weights = layer(array(batch, queries, 8), array(batch, keys, 8), array(batch, keys, 8),
+                            need_weights=need_weights)  # fmt: skip
+    assert output.shape == (batch, queries, 8)
+    assert weights is None or weights.shape == (batch, queries, keys + 2 * bool(appended))
+    gradients = layer.backward(np.ones_like(output), weights)
+    assert gradients.key.shape == (batch, keys, 8)
+    assert all(np.isfinite(x).all() for x in (gradients.query, gradients.key, *gradients.parameters.values()))
+
+
 @pytest.mark.parametrize("form", ["strided", "swapped bytes", "unaligned", "read-only"])
 def test_arrays_of_any_form(form: str) -> None:
     """Inputs, weights, biases, masks and appended rows, forward and backward."""

@@ -191,7 +191,7 @@ def test_random_configurations(seed: int) -> None:
         atol = TOLERANCE[c.dtype]["atol"] * max(1.0, np.abs(right).max(initial=0))
         np.testing.assert_allclose(
             found[name], right, TOLERANCE[c.dtype]["rtol"], atol,
-            err_msg=f"{name}; reproduce: make test-torch ARGS='-k test_random_configurations[{seed}]' {vars(c)}",
+            err_msg=f"{name}; reproduce: python -m pytest '{__file__}::test_random_configurations[{seed}]'\n{vars(c)}",
         )  # fmt: skip
 
 
