@@ -24,6 +24,10 @@ cdef struct ProductScratch:
     char* bias                      # [lanes]
 
 
+cdef enum:
+    TRANSPOSED_ROWS = 64
+
+
 cdef Py_ssize_t carve_product(const ProductParams* p, char* base, ProductScratch* scratch,
                               const real* kind) noexcept nogil:
     """Lays out one thread's scratch memory and returns its size."""
@@ -76,16 +80,20 @@ cdef void store_row(const MatrixView* x, int64_t i, int64_t j, int64_t count, co
 
 cdef void pack_panel(const ProductParams* p, int64_t panel, const real* kind) noexcept nogil:
     """packed[panel][k][lanes] = right, spare lanes zeros; along whichever axis is contiguous in memory."""
-    cdef int64_t width = p.vectors * lanes(kind), first = panel * width, count = min(width, p.n - first), t
+    cdef int64_t width = p.vectors * lanes(kind), first = panel * width, count = min(width, p.n - first), t, k, rows
     cdef real* out = <real*>p.packed + panel * p.k * width
     if count < width:
         memset(out, 0, p.k * width * sizeof(real))
     if p.right.column_inner == 1 or p.right.row_inner != 1:
         for t in range(p.k):
             load_row(&p.right, t, first, count, out + t * width, 1)
-    else:
+        return
+    k = 0
+    while k < p.k:      # blocks of rows stay in the first cache while their columns are written one by one
+        rows = min(p.k - k, TRANSPOSED_ROWS)
         for t in range(count):
-            load_column(&p.right, 0, first + t, p.k, out + t, width)
+            load_column(&p.right, k, first + t, rows, out + k * width + t, width)
+        k += rows
 
 
 cdef const real* left_block(const ProductParams* p, ProductScratch* scratch, int64_t i, int64_t rows, int64_t k,

@@ -36,3 +36,13 @@ def test_a_serial_build_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 def test_unknown_arguments_are_refused() -> None:
     with pytest.raises(SystemExit):
         main(["info", "--yaml"])
+
+
+def test_every_package_is_in_the_wheel() -> None:
+    import tomllib
+    from pathlib import Path
+
+    root = Path(__file__).parents[1]
+    listed = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = [".".join(path.parent.relative_to(root).parts) for path in (root / "mha").rglob("__init__.py")]
+    assert sorted(listed) == sorted(found)
