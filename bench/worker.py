@@ -25,9 +25,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("library", choices=LIBRARIES)
     parser.add_argument("threads", type=int)
-    options = parser.parse_args()
+    options = vars(parser.parse_args())
     try:
-        calls = LIBRARIES[options.library](options.threads)
+        calls = LIBRARIES[options["library"]](options["threads"])
     except ImportError as error:
         print(json.dumps({"unavailable": str(error)}), flush=True)
         return

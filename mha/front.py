@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from numpy.typing import NDArray
 
-from mha.mask_checks import Sizes, layer_pairs
 from mha.optional import array_module
 from mha.problem import Dropout, checked_probability, shapes_of, usable
 from mha.random import DropoutState, next_state
 
 Array = NDArray[Any]
+
+
+class LatestCall:
+    """Each thread's own latest call in training, which its backward uses up. Copies and pickles hold none."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def keep(self, call: Any) -> None:
+        """Remember a call, or with None that there is none."""
+        self._local.call = call
+
+    def get(self) -> Any:
+        """The call.
+
+        Raises
+        ------
+        RuntimeError
+            If there is none.
+        """
+        call = getattr(self._local, "call", None)
+        if call is None:
+            raise RuntimeError("backward needs a call in training mode before it, one for each. Call the layer first.")
+        return call
+
+    def __reduce__(self) -> tuple[type[LatestCall], tuple[()]]:
+        return LatestCall, ()
 
 
 def check_inputs(query: Array, key: Array, value: Array, embed_dim: int, axes: str = "(N, length, width)") -> bool:
@@ -60,15 +87,17 @@ def dropouts(
     return first, second
 
 
-def float_masks(attn_mask: Array | None, key_padding_mask: Array | None, sizes: Sizes) -> dict[str, Array]:
-    """The float ones of a layer's masks as views of four axes that broadcast to (N, H, L, S)."""
-    views = {}
-    if key_padding_mask is not None and key_padding_mask.dtype.kind not in "biu":
-        views["key_padding_mask"] = key_padding_mask.reshape(sizes.batch, 1, 1, sizes.keys)
-    if attn_mask is not None and attn_mask.dtype.kind not in "biu":
-        pairs = layer_pairs(attn_mask, sizes, True)
-        views["attn_mask"] = pairs[(None,) * (4 - pairs.ndim)]
-    return views
+def weights_gradient(
+    name: str, grad: Array | None, shape: tuple[int, ...], full: tuple[int, ...], returned: bool
+) -> Array | None:
+    """An upstream gradient of returned weights of this shape, in the layer's shape `full`."""
+    if grad is None:
+        return None
+    if not returned or grad.shape != shape:
+        raise ValueError(
+            f"{name} {grad.shape}: the call returned weights {shape if returned else None}. Pass the gradient of those."
+        )
+    return usable(grad.reshape(full), array_module(grad))
 
 
 def gradient_like(name: str, grad: Array, shape: tuple[int, ...], like: Array) -> Array:

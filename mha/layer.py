@@ -17,7 +17,7 @@ from mha.masks import MaskSpec
 from mha.matrix import heads_of, rows_of
 from mha.optional import array_module
 from mha.problem import AttentionProblem, Dropout, Norm, RowStatistics
-from mha.projection import empty_like_rows, linear_gradients, project_heads, project_output, sum_over
+from mha.projection import empty_like_rows, linear_gradients, project_heads, project_output, sum_over, with_rows
 
 Array = NDArray[Any]
 
@@ -40,7 +40,8 @@ class LayerCall:
     num_kv_heads: int
     #: For the cached and new keys; its `extra` are the appended ones.
     mask: MaskSpec
-    scale: float
+    #: None is D ** -0.5.
+    scale: float | None = None
     softcap: float | None = None
     dropout: Dropout | None = None
     output_dropout: Dropout | None = None
@@ -189,7 +190,7 @@ def backward(
 
 def _key_value_heads(call: LayerCall, backend: Any) -> tuple[Array, Array, Array | None]:
     """Heads (N, Hk, T, D) of key and value, and the cache grown by the new ones."""
-    store = None
+    store, before = None, 0
     if call.cache is not None:
         batch, heads, before, width = call.cache.shape[1:]
         store = call.xp.empty((2, batch, heads, before + call.key.shape[1], width), call.key.dtype)
@@ -198,26 +199,15 @@ def _key_value_heads(call: LayerCall, backend: Any) -> tuple[Array, Array, Array
     for i, (name, x) in enumerate((("key", call.key), ("value", call.value))):
         rows: list[Array | None] = [call.bias_rows[i]] if call.bias_rows else []
         rows += [None] * call.zero_row
-        if name in call.heads:
-            made.append(_with_rows(call.heads[name], rows, call.xp))
-            continue
         weight, bias = call.weights.get(f"{name[0]}_weight"), call.weights.get(f"{name[0]}_bias")
-        out = None if store is None else store[i][:, :, store.shape[3] - x.shape[1] :]
-        heads = project_heads(backend, x, weight, bias, call.num_kv_heads, rows, out)
-        made.append(heads if store is None else _with_rows(store[i], rows, call.xp))
+        if name in call.heads:
+            made.append(with_rows(call.heads[name], rows))
+        elif store is None:
+            made.append(project_heads(backend, x, weight, bias, call.num_kv_heads, rows))
+        else:
+            project_heads(backend, x, weight, bias, call.num_kv_heads, out=store[i][:, :, before:])
+            made.append(with_rows(store[i], rows))
     return made[0], made[1], store
-
-
-def _with_rows(heads: Array, rows: list[Array | None], xp: ModuleType) -> Array:
-    """Ready heads (N, Hk, S, D) with appended rows, each (1, 1, Hk*D) or None for zeros."""
-    if not rows:
-        return heads
-    batch, count, length, width = heads.shape
-    out = xp.empty((batch, count, length + len(rows), width), heads.dtype)
-    out[:, :, :length] = heads
-    for i, row in enumerate(rows):
-        out[:, :, length + i] = 0 if row is None else row.reshape(1, count, -1)
-    return out
 
 
 def _output_gradient(call: LayerCall, backend: Any, grad: Array, targets: dict[str, Array]) -> Array:

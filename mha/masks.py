@@ -112,6 +112,28 @@ def for_multi_head_attention(
     return MaskSpec(**fields)
 
 
+def float_masks(attn_mask: Array | None, key_padding_mask: Array | None, sizes: Sizes) -> dict[str, Array]:
+    """The float ones of a layer's masks as views of four axes that broadcast to (N, H, L, S), to be differentiated."""
+    views = {}
+    if key_padding_mask is not None and key_padding_mask.dtype.kind not in "biu":
+        views["key_padding_mask"] = key_padding_mask.reshape(sizes.batch, 1, 1, sizes.keys)
+    if attn_mask is not None and attn_mask.dtype.kind not in "biu":
+        pairs = check.layer_pairs(attn_mask, sizes, True)
+        views["attn_mask"] = pairs[(None,) * (4 - pairs.ndim)]
+    return views
+
+
+def stacked_pairs(mask: Array | None, batch: int, heads: int) -> Array | None:
+    """A mask that broadcasts to (L, S) or (N*H, L, S), as R torch and Ivy take it: one that does to (N, H, L, S)."""
+    if mask is None or mask.ndim not in (2, 3):
+        return mask
+    if mask.ndim == 2:
+        return mask[None, None]
+    if mask.shape[0] == 1:
+        return mask[:, None]
+    return mask.reshape(batch, heads, *mask.shape[1:]) if mask.shape[0] == batch * heads else mask
+
+
 def for_scaled_dot_product(
     attn_mask: Array | None,
     *,

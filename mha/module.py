@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, ClassVar, Self
@@ -12,13 +11,14 @@ from numpy.typing import DTypeLike, NDArray
 
 from mha import convert
 from mha.dispatch import backend_of
+from mha.front import LatestCall
 from mha.functional import MultiHeadAttentionGradients
 from mha.matrix import rows_of
 from mha.optional import library_named
 from mha.packed_call import PackedCall
 from mha.packing import PackedLayout
 from mha.problem import checked_probability
-from mha.random import next_generator
+from mha.random import next_generator, xavier_uniform
 
 Array = NDArray[Any]
 
@@ -94,7 +94,7 @@ class MultiHeadAttention:
         self.bias, self.add_bias_kv, self.add_zero_attn = bool(bias), bool(add_bias_kv), bool(add_zero_attn)
         self.scale, self.dtype, self.xp = scale, np.dtype(dtype), xp
         self.training = True
-        self._calls = threading.local()
+        self._latest = LatestCall()
         self._frozen = False
         self._packed: dict[str, Any] = {}
         self.reset_parameters()
@@ -105,11 +105,11 @@ class MultiHeadAttention:
         self.io_weight_bias = xp.zeros(layout.length, self.dtype)
         for name, view in layout.views(self.io_weight_bias).items():
             if name.endswith("weight"):
-                view[...] = xp.asarray(_xavier_uniform(rng, view.shape)).astype(self.dtype)
+                view[...] = xp.asarray(xavier_uniform(rng, *view.shape)).astype(self.dtype)
         self.bias_k = self.bias_v = None
         if self.add_bias_kv:
             shapes = (1, 1, layout.kproj_size), (1, 1, layout.vproj_size)
-            rows = (xp.asarray(_xavier_uniform(rng, shape)).astype(self.dtype) for shape in shapes)
+            rows = (xp.asarray(xavier_uniform(rng, *shape)).astype(self.dtype) for shape in shapes)
             self.bias_k, self.bias_v = rows
 
     def __call__(
@@ -145,7 +145,7 @@ class MultiHeadAttention:
         )  # fmt: skip
         call.call.weights |= self._packed
         result = call.forward()
-        self._calls.latest = call if self.training else None
+        self._latest.keep(call if self.training else None)
         return result
 
     def backward(
@@ -160,11 +160,8 @@ class MultiHeadAttention:
         TypeError, ValueError
             If the gradients do not fit what the call returned.
         """
-        call = getattr(self._calls, "latest", None)
-        if call is None:
-            raise RuntimeError("backward needs a call in training mode before it, one for each. Call the layer first.")
-        gradients = call.backward(grad_attn_output, grad_attn_output_weights, mask_gradients=False)
-        self._calls.latest = None
+        gradients = self._latest.get().backward(grad_attn_output, grad_attn_output_weights, mask_gradients=False)
+        self._latest.keep(None)
         return MultiHeadAttentionGradients(*gradients)
 
     def train(self) -> Self:
@@ -270,19 +267,12 @@ class MultiHeadAttention:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: x for name, x in self.__dict__.items() if name not in ("_calls", "_packed")}
+        state = {name: x for name, x in self.__dict__.items() if name != "_packed"}
         return state | {"xp": self.xp.__name__}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.xp = library_named(state["xp"])
-        self._calls = threading.local()
         self._packed = {}
         if self._frozen:
             self.freeze()
-
-
-def _xavier_uniform(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
-    """Uniform within sqrt(6 / (fan_in + fan_out)), the last two axes being the fans (Glorot and Bengio, 2010)."""
-    bound = (6 / (shape[-2] + shape[-1])) ** 0.5
-    return rng.uniform(-bound, bound, shape)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from mha import front, layer
 from mha.mask_checks import Sizes
-from mha.masks import for_multi_head_attention
+from mha.masks import float_masks, for_multi_head_attention
 from mha.optional import array_module
 from mha.packing import PackedLayout
 from mha.problem import check_dtypes, usable
@@ -76,7 +76,7 @@ class PackedCall:
             scale=layout.scale if p["scale"] is None else p["scale"], softcap=p["softcap"], dropout=dropout,
             output_dropout=output_dropout, bias_rows=bias_rows, zero_row=bool(p["add_zero_attn"]),
             residual=q if p["reslink"] else None, need_weights=bool(p["need_weights"]),
-            average=bool(p["average_attn_weights"]), float_masks=front.float_masks(**masks, sizes=sizes),
+            average=bool(p["average_attn_weights"]), float_masks=float_masks(**masks, sizes=sizes),
         )  # fmt: skip
         return cls(call, layout, vector, masks, batched)
 
@@ -97,13 +97,9 @@ class PackedCall:
         call = self.call
         shape = call.output_shape
         grad = front.gradient_like("grad_attn_output", grad_output, shape[not self.batched :], call.query)
-        if grad_weights is not None:
-            if not call.need_weights or grad_weights.shape != self._weights_shape():
-                raise ValueError(
-                    f"grad_attn_output_weights {grad_weights.shape}: the call returned weights "
-                    f"{self._weights_shape() if call.need_weights else None}. Pass the gradient of those."
-                )
-            grad_weights = usable(grad_weights.reshape(call.weights_shape), call.xp)
+        grad_weights = front.weights_gradient(
+            "grad_attn_output_weights", grad_weights, self._weights_shape(), call.weights_shape, call.need_weights
+        )
         grad = grad.reshape(shape)
         grad_vector = call.xp.zeros(self.vector.shape, self.vector.dtype)
         made = layer.backward(call, grad, grad_weights, self.layout.views(grad_vector), mask_gradients)

@@ -30,7 +30,8 @@ def project_heads(
     """x (N, T, F) -> (N, H, T + appended, D).
 
     Without a weight every head gets the whole width F: the result has one head, or `heads` of them with stride 0. Each
-    appended row is (1, 1, H*D or F), or None for zeros. `out` (N, H, T, D) takes the projection of x alone.
+    appended row is (1, 1, H*D or F), or None for zeros. `out` (N, H, T, D) is where a projection without appended rows
+    is to go.
     """
     xp = array_module(x)
     batch, length, width = x.shape
@@ -42,10 +43,25 @@ def project_heads(
         return xp.broadcast_to(x[:, None], (batch, heads, total, width))
     if out is None:
         out = xp.empty((batch, heads, total, weight.shape[1] // heads), x.dtype)
-        for i, row in enumerate(appended):
-            out[:, :, length + i] = 0 if row is None else row.reshape(1, heads, -1)
+        _write_rows(out[:, :, length:], appended)
     backend.product(rows_of(x), as_right(weight), heads_of(out[:, :, :length]), bias)
     return out
+
+
+def with_rows(heads: Array, appended: Sequence[Array | None]) -> Array:
+    """Heads (N, H, T, D) with rows appended, as `project_heads` does it."""
+    if not appended:
+        return heads
+    batch, count, length, width = heads.shape
+    out: Array = array_module(heads).empty((batch, count, length + len(appended), width), heads.dtype)
+    out[:, :, :length] = heads
+    _write_rows(out[:, :, length:], appended)
+    return out
+
+
+def _write_rows(out: Array, rows: Sequence[Array | None]) -> None:
+    for i, row in enumerate(rows):
+        out[:, :, i] = 0 if row is None else row.reshape(1, out.shape[1], -1)
 
 
 def project_output(backend: Any, heads: Array, weight: Any, bias: Array | None, like: Array) -> Array:

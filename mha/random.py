@@ -96,6 +96,12 @@ def next_generator() -> np.random.Generator:
     return np.random.default_rng([state.seed & 0xFFFFFFFF, state.seed >> 32, state.offset])
 
 
+def xavier_uniform(rng: np.random.Generator, *shape: int) -> NDArray[np.float64]:
+    """Uniform within sqrt(6 / (fan_in + fan_out)), the last two axes being the fans (Glorot and Bengio, 2010)."""
+    bound = (6 / (shape[-2] + shape[-1])) ** 0.5
+    return rng.uniform(-bound, bound, shape)
+
+
 def threshold(p: float) -> int:
     """The 16-bit draws below this number are dropped: ``round(p * 65536)``.
 

@@ -17,15 +17,14 @@ cdef enum:
     TO_BE_PACKED = 0
     IN_PLACE = 1
 
+cdef enum:
+    TRANSPOSED_ROWS = 64            # rows of a panel that are packed column by column at a time
+
 
 cdef struct ProductScratch:
     char* left                      # a packed block of `left`: [row_block][k_block], or transposed
     char* out                       # [panels][row_block][lanes]
     char* bias                      # [lanes]
-
-
-cdef enum:
-    TRANSPOSED_ROWS = 64
 
 
 cdef Py_ssize_t carve_product(const ProductParams* p, char* base, ProductScratch* scratch,

@@ -105,12 +105,6 @@ def _collected(made: dict[Any, dict[str, Any]], nested: dict[str, Any]) -> dict[
     gradients: dict[str, Any] = {}
     for name in {name: None for each in made.values() for name in each}:
         by_key = {key: each[name] for key, each in made.items() if name in each}
-        gradients[name] = _like(nested[name], by_key) if name in nested else _sum(list(by_key.values()))
+        first, *others = by_key.values()
+        gradients[name] = _like(nested[name], by_key) if name in nested else sum(others, first)
     return gradients
-
-
-def _sum(arrays: list[Any]) -> Any:
-    total = arrays[0]
-    for x in arrays[1:]:
-        total = total + x
-    return total

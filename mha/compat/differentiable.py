@@ -23,6 +23,12 @@ class Backward(Protocol):
         """Gradients by the names of the front end's parameters; of float masks on request."""
 
 
+def refuse_grad_weights(grad_weights: Array | None) -> None:
+    """For functions that return no weights."""
+    if grad_weights is not None:
+        raise ValueError(f"grad_weights {grad_weights.shape}: this function returns no weights. Leave it out.")
+
+
 def primal(
     vjp: Callable[Parameters, tuple[Result, Backward]],
 ) -> Callable[Parameters, Result]:

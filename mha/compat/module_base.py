@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, NamedTuple, Self
@@ -10,7 +9,8 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from mha import optional
+from mha.front import LatestCall
+from mha.optional import as_array, dtype_named, library_named, library_of_device
 
 Array = NDArray[Any]
 
@@ -35,17 +35,26 @@ class ModuleGradients(NamedTuple):
     attn_mask: Array | None = None
 
 
+def check_heads(embed_dim: int, num_heads: int) -> None:
+    """ValueError unless the width can be divided into the heads."""
+    if embed_dim <= 0 or num_heads <= 0 or embed_dim % num_heads:
+        raise ValueError(
+            f"embed_dim {embed_dim} must be divisible by num_heads {num_heads}, both greater than 0. "
+            "Choose another number of heads."
+        )
+
+
 class FrontEndModule:
     """Base of the modules. Calls from several threads are safe; each has its own latest call for the backward."""
 
     training: bool
     _xp: ModuleType
     _dtype: np.dtype[Any]
-    _calls: threading.local
+    _latest: LatestCall
 
     def _start(self, device: Any, dtype: Any, training: bool = True) -> None:
-        self._xp, self._dtype = optional.library_of_device(device), optional.dtype_named(dtype)
-        self._calls = threading.local()
+        self._xp, self._dtype = library_of_device(device), dtype_named(dtype)
+        self._latest = LatestCall()
         self.training = training
 
     def _array(self, x: Array) -> Array:
@@ -57,13 +66,7 @@ class FrontEndModule:
         raise NotImplementedError
 
     def _keep(self, call: Any) -> None:
-        self._calls.latest = call if self.training else None
-
-    def _latest(self) -> Any:
-        call = getattr(self._calls, "latest", None)
-        if call is None:
-            raise RuntimeError("backward needs a call in training mode before it, one for each. Call the layer first.")
-        return call
+        self._latest.keep(call if self.training else None)
 
     def train(self, mode: bool = True) -> Self:
         """Training mode: dropout applies, a backward may follow."""
@@ -95,7 +98,7 @@ class FrontEndModule:
             If keys or shapes differ from those of `state_dict`.
         """
         own = self.state_dict()
-        given = {name: optional.as_array(x) for name, x in state_dict.items() if x is not None}
+        given = {name: as_array(x) for name, x in state_dict.items() if x is not None}
         shapes = {name: x.shape for name, x in given.items()}
         expected = {name: x.shape for name, x in own.items()}
         if shapes != expected:
@@ -104,16 +107,8 @@ class FrontEndModule:
             x[...] = self._xp.asarray(given[name])
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: x for name, x in self.__dict__.items() if name != "_calls"}
-        return state | {"_xp": self._xp.__name__}
+        return self.__dict__ | {"_xp": self._xp.__name__}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._xp = optional.library_named(state["_xp"])
-        self._calls = threading.local()
-
-
-def xavier_uniform(rng: np.random.Generator, rows: int, columns: int) -> Array:
-    """Uniform within sqrt(6 / (rows + columns)) (Glorot and Bengio, 2010)."""
-    bound = (6 / (rows + columns)) ** 0.5
-    return rng.uniform(-bound, bound, (rows, columns))
+        self._xp = library_named(state["_xp"])

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from mha.compat import torch
 from mha.compat.differentiable import Backward, primal
-from mha.compat.stacked import broadcastable
+from mha.compat.torch.functional import forward_vjp
+from mha.masks import stacked_pairs
 
 Array = NDArray[Any]
 
@@ -76,24 +77,21 @@ def nnf_multi_head_attention_forward_vjp(
     After mlverse/torch 0.17. There `add_zero_attn` fails, bytes are added to the scores, and rows without a key are
     NaN; here they work as documented, and such rows give 0.
     """
-    inputs = [_axes(x, batch_first) for x in (query, key, value)]
-    heads = whole("num_heads", num_heads)
-    pair, padding = _masks(attn_mask, key_padding_mask, inputs[0], heads)
-    (output, weights), backward = torch.multi_head_attention_forward_vjp(
-        inputs[0], inputs[1], inputs[2], whole("embed_dim_to_check", embed_dim_to_check), heads, in_proj_weight,
-        in_proj_bias, bias_k, bias_v, add_zero_attn, dropout_p, out_proj_weight, out_proj_bias, training, padding,
-        need_weights, pair, use_separate_proj_weight, q_proj_weight, k_proj_weight, v_proj_weight, static_k, static_v,
-        avg_weights,
-    )  # fmt: skip
+    arguments: dict[str, Any] = dict(locals())
+    arguments |= {name: whole(name, arguments[name]) for name in ("embed_dim_to_check", "num_heads")}
+    arguments |= {"average_attn_weights": avg_weights, "is_causal": False}
+    arguments |= _masks(attn_mask, key_padding_mask, query, arguments["num_heads"], batch_first)
+    result, own_backward = forward_vjp(arguments, length_first=not batch_first)
 
-    def turned(grad_output: Array, grad_weights: Array | None = None, mask_gradients: bool = False) -> dict[str, Array]:
-        gradients = backward(_axes(grad_output, batch_first), grad_weights, mask_gradients)
-        gradients |= {name: _axes(gradients[name], batch_first) for name in ("query", "key", "value")}
+    def backward(
+        grad_output: Array, grad_weights: Array | None = None, mask_gradients: bool = False
+    ) -> dict[str, Array]:
+        gradients = own_backward(grad_output, grad_weights, mask_gradients)
         if attn_mask is not None and "attn_mask" in gradients:
             gradients["attn_mask"] = gradients["attn_mask"].reshape(attn_mask.shape)
         return gradients
 
-    return (_axes(output, batch_first), weights), turned
+    return result, backward
 
 
 nnf_multi_head_attention_forward = primal(nnf_multi_head_attention_forward_vjp)
@@ -157,9 +155,8 @@ class nn_multihead_attention(torch.MultiheadAttention):
         weights : (N, L, T) array, per head (N, H, L, T), or None
         """
         if not isinstance(query, (list, tuple)):
-            attn_mask, key_padding_mask = _masks(
-                attn_mask, key_padding_mask, _axes(query, self.batch_first), self.num_heads
-            )
+            masks = _masks(attn_mask, key_padding_mask, query, self.num_heads, self.batch_first)
+            attn_mask, key_padding_mask = masks["attn_mask"], masks["key_padding_mask"]
         return super().__call__(query, key, value, key_padding_mask, need_weights, attn_mask, avg_weights)
 
     forward = __call__  # type: ignore[assignment]
@@ -178,17 +175,16 @@ def whole(name: str, x: float) -> int:
     return int(x)
 
 
-def _axes(x: Array, batch_first: bool) -> Array:
-    return x.swapaxes(0, 1) if batch_first and x.ndim == 3 else x
-
-
 def _masks(
-    attn_mask: Array | None, key_padding_mask: Array | None, query: Array, heads: int
-) -> tuple[Array | None, Array | None]:
-    """Bytes as flags, and a pair mask with four axes. The query is length first."""
-    if key_padding_mask is not None and key_padding_mask.dtype == "u1":
-        key_padding_mask = key_padding_mask != 0
-    if attn_mask is not None and attn_mask.dtype == "u1":
-        attn_mask = attn_mask != 0
-    batch = query.shape[1] if query.ndim == 3 else 1
-    return broadcastable(attn_mask, batch, heads), key_padding_mask
+    attn_mask: Array | None, key_padding_mask: Array | None, query: Array, heads: int, batch_first: bool
+) -> dict[str, Array | None]:
+    """Bytes as flags, and a pair mask with four axes."""
+    batch = query.shape[not batch_first] if query.ndim == 3 else 1
+    return {
+        "attn_mask": stacked_pairs(_flags(attn_mask), batch, heads),
+        "key_padding_mask": _flags(key_padding_mask),
+    }
+
+
+def _flags(mask: Array | None) -> Array | None:
+    return mask != 0 if mask is not None and mask.dtype == "u1" else mask

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mha import front, layer
 from mha.mask_checks import Sizes
-from mha.masks import for_multi_head_attention
+from mha.masks import float_masks, for_multi_head_attention
 from mha.optional import array_module
 from mha.problem import Dropout, check_dtypes, checked_probability, shapes_of, usable
 from mha.random import next_state
@@ -82,11 +82,10 @@ class StackedCall:
         )  # fmt: skip
         p = checked_probability("dropout_p", dropout_p)
         call = layer.LayerCall(
-            q, k, v, weights, num_heads, num_heads, mask=spec,
-            scale=(widths[0] // num_heads) ** -0.5 if scale is None else scale,
+            q, k, v, weights, num_heads, num_heads, mask=spec, scale=scale,
             dropout=Dropout(p, next_state()) if training and p > 0 else None,
             bias_rows=bias_rows, zero_row=bool(add_zero_attn), heads=heads, need_weights=bool(need_weights),
-            average=bool(average), float_masks=front.float_masks(**masks, sizes=sizes),
+            average=bool(average), float_masks=float_masks(**masks, sizes=sizes),
         )  # fmt: skip
         given = inputs | held | {name: mask for name, mask in masks.items() if mask is not None}
         return cls(call, given, batched, length_first)
@@ -109,14 +108,10 @@ class StackedCall:
             shape = (queries, batch, width) if self.length_first else (batch, queries, width)
         grad = front.gradient_like("grad_output", grad_output, shape, call.query)
         grad = _batch_first(grad, self.length_first) if self.batched else grad[None]
-        if grad_weights is not None:
-            expected = call.weights_shape[not self.batched :] if call.need_weights else None
-            if grad_weights.shape != expected:
-                raise ValueError(
-                    f"grad_weights {grad_weights.shape}: the call returned weights {expected}. "
-                    "Pass the gradient of those."
-                )
-            grad_weights = usable(grad_weights.reshape(call.weights_shape), call.xp)
+        full = call.weights_shape
+        grad_weights = front.weights_gradient(
+            "grad_weights", grad_weights, full[not self.batched :], full, call.need_weights
+        )
         of_parameters = {name: call.xp.zeros(given[name].shape, given[name].dtype) for name in PARAMETERS[:7]
                          if name in given}  # fmt: skip
         made = layer.backward(call, grad, grad_weights, views(of_parameters), mask_gradients)
@@ -183,19 +178,6 @@ def views(parameters: Mapping[str, Array]) -> dict[str, Array]:
         if "out_bias" in parameters:
             made["o_bias"] = parameters["out_bias"]
     return made
-
-
-def broadcastable(mask: Array | None, batch: int, heads: int) -> Array | None:
-    """A mask that broadcasts to (L, S) or (N*H, L, S), as one that broadcasts to (N, H, L, S)."""
-    if mask is None:
-        return None
-    if mask.ndim == 2:
-        return mask[None, None]
-    if mask.ndim == 3 and mask.shape[0] == 1:
-        return mask[:, None]
-    if mask.ndim == 3 and mask.shape[0] == batch * heads:
-        return mask.reshape(batch, heads, *mask.shape[1:])
-    return mask
 
 
 def _batch_first(x: Array, length_first: bool) -> Array:

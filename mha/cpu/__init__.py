@@ -18,6 +18,7 @@ from mha.cpu.plan import (
     plan_product,
     plan_residual_norm,
     plan_rows,
+    turn_round,
 )
 from mha.cpu.threads import get_num_threads
 from mha.matrix import Matrix
@@ -177,30 +178,23 @@ def product(left: Matrix, right: Matrix | launch.PackedMatrix, out: Matrix, bias
             launch.product(left, right, out, bias, plan_product(m, n, k, False, facts), facts)
             return
         right = right.matrix
-    if _rather_transposed(left, right, out, facts):
-        swapped = plan_product(n, m, k, False, facts)
-        launch.product(right.T, left.T, out.T, None, swapped, facts)
+    x = right.array
+    in_computing = x.dtype == left.array.dtype == out.array.dtype == computing
+    if turn_round(m, n, in_computing and _contiguous(right, right.row_axes), facts):
+        launch.product(right.T, left.T, out.T, None, plan_product(n, m, k, False, facts), facts)
         if bias is not None:
             out.add_to_rows(bias)
         return
-    x = right.array
     in_place = (
-        x.dtype == computing and len(right.row_axes) == 1 and len(right.column_axes) == 1 and n % facts.lanes == 0
-        and x.strides[right.column_axes[0]] == x.itemsize
+        x.dtype == computing and len(right.row_axes) == 1 and n % facts.lanes == 0
+        and _contiguous(right, right.column_axes)
     )  # fmt: skip
     launch.product(left, right, out, bias, plan_product(m, n, k, in_place, facts), facts)
 
 
-def _rather_transposed(left: Matrix, right: Matrix, out: Matrix, facts: Facts) -> bool:
-    """Few rows and a right operand with contiguous columns, as weights (out-features, in-features) give it.
-
-    Packing it would cost more than the product: one row of 768 x 768 weights takes 30 us this way, 300 us packed.
-    """
-    x = right.array
-    return (
-        out.shape[0] <= facts.lanes < out.shape[1] and x.dtype == left.array.dtype == out.array.dtype
-        and x.itemsize == facts.itemsize and len(right.row_axes) == 1 and x.strides[right.row_axes[0]] == x.itemsize
-    )  # fmt: skip
+def _contiguous(matrix: Matrix, axes: tuple[int, ...]) -> bool:
+    """Whether the rows or columns are one axis of neighbours."""
+    return len(axes) == 1 and matrix.array.strides[axes[0]] == matrix.array.itemsize
 
 
 def pack(right: Matrix) -> launch.PackedMatrix:

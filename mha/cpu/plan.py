@@ -163,6 +163,15 @@ def plan_product(m: int, n: int, k: int, right_in_place: bool, facts: Facts) -> 
     return ProductPlan(threads, vectors, row_block, panels, min(256, max(k, 1)), in_place)
 
 
+def turn_round(m: int, n: int, right_by_columns: bool, facts: Facts) -> bool:
+    """Whether to compute the transpose of a product whose right operand has contiguous columns.
+
+    With few rows packing such an operand takes longer than the product. Against 768 x 768 float32 weights stored by
+    rows, us turned / packed: one row 118 / 243, four 81 / 165, sixteen 85 / 190.
+    """
+    return right_by_columns and m <= facts.lanes < n
+
+
 def _threads(flops: int, facts: Facts) -> int:
     return 1 if flops < _SMALL_WORK else facts.threads
 

@@ -37,7 +37,7 @@ def test_equals_torch_under_its_own_dropout_mask() -> None:
     made = module._build(own["query"], own["key"], own["value"], length_first=True, average=False)
     made.call = replace(made.call, dropout=Dropout(module.dropout, keep=case.aux["keep_mask"].astype(bool)))
     output, weights = made.forward()
-    module._calls.latest = made, None
+    module._keep((made, None))
     check(case, output, weights, case.gradients_of(module))
 
 

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from mha.compat.containers import Selection, run
 from mha.compat.differentiable import Backward, primal
-from mha.compat.stacked import StackedCall, broadcastable
+from mha.compat.stacked import StackedCall
+from mha.masks import stacked_pairs
 from mha.optional import array_module
 
 Array = NDArray[Any]
@@ -146,7 +147,7 @@ def _one(arrays: dict[str, Array], options: dict[str, Any]) -> tuple[tuple[Array
         padding = array_module(padding).broadcast_to(padding, (batch, *padding.shape))
     call = StackedCall.build(
         query, arrays.get("key", query), arrays.get("value", query), _parameters(arrays),
-        attn_mask=None if options["is_causal"] else broadcastable(mask, batch, options["num_heads"]),
+        attn_mask=None if options["is_causal"] else stacked_pairs(mask, batch, options["num_heads"]),
         key_padding_mask=padding, length_first=length_first,
         **{name: x for name, x in options.items() if name != "batch_first"},
     )  # fmt: skip

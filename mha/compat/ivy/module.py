@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from mha import optional
 from mha.compat.ivy.functional import multi_head_attention_vjp
-from mha.compat.module_base import FrontEndModule, ModuleGradients, xavier_uniform
+from mha.compat.module_base import FrontEndModule, ModuleGradients
 from mha.problem import checked_probability
-from mha.random import next_generator
+from mha.random import next_generator, xavier_uniform
 
 Array = NDArray[Any]
 
@@ -185,7 +185,7 @@ class MultiHeadAttention(FrontEndModule):
         TypeError, ValueError
             If the gradients do not fit what the call returned.
         """
-        gradients = self._latest()(grad_output, grad_weights, mask_gradients)
+        gradients = self._latest.get()(grad_output, grad_weights, mask_gradients)
         self._keep(None)
         return ModuleGradients(
             gradients["query"], gradients.get("key"), gradients.get("value"),

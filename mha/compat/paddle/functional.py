@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mha import front, layer
-from mha.compat.differentiable import Backward, primal
+from mha.compat.differentiable import Backward, primal, refuse_grad_weights
 from mha.dispatch import backend_of
 from mha.masks import for_scaled_dot_product
 from mha.optional import array_module
@@ -111,8 +111,7 @@ def fused_multi_head_attention_vjp(
     def backward(
         grad_output: Array, grad_weights: Array | None = None, mask_gradients: bool = False
     ) -> dict[str, Array]:
-        if grad_weights is not None:
-            raise ValueError(f"grad_weights {grad_weights.shape}: this function returns no weights. Leave it out.")
+        refuse_grad_weights(grad_weights)
         return call.backward(grad_output, mask_gradients)
 
     return output if cache is None else (output, cache), backward
@@ -141,7 +140,7 @@ class _Call:
         xp = array_module(*given.values())
         check_dtypes({name: given[name] for name in ("x", *_WEIGHTS, "cache_kv") if name in given})
         given = {name: usable(x, xp) if name in _WEIGHTS else x for name, x in given.items()}
-        heads, head_dim = _check_shapes(p)
+        heads = _check_shapes(p)
         norm = _norm(p, *_NORMS[pre])
         x = usable(p["x"], xp)
         batch, queries, _ = x.shape
@@ -161,7 +160,7 @@ class _Call:
         h = backend_of(x).residual_norm(x, norm=norm)[0] if pre else x
         cache = None if p["cache_kv"] is None else usable(p["cache_kv"], xp)
         call = layer.LayerCall(
-            h, h, h, _views(given, bool(p["transpose_qkv_wb"])), heads, heads, mask=spec, scale=head_dim**-0.5,
+            h, h, h, _views(given, bool(p["transpose_qkv_wb"])), heads, heads, mask=spec,
             dropout=drops[0], output_dropout=drops[1], cache=cache, residual=x if p["add_residual"] else None,
             norm=None if pre else norm,
             float_masks={} if mask is None or mask.dtype == np.bool_ else {"attn_mask": mask},
@@ -226,8 +225,8 @@ def _check_flags(p: dict[str, Any]) -> None:
         )
 
 
-def _check_shapes(p: dict[str, Any]) -> tuple[int, int]:
-    """H and D; every array has the shape that these give it."""
+def _check_shapes(p: dict[str, Any]) -> int:
+    """H; every array has the shape that it and the others give it."""
     x, weight, transposed, heads = p["x"], p["qkv_weight"], p["transpose_qkv_wb"], p["num_heads"]
     if x.ndim != 3:
         raise ValueError(f"x has shape {x.shape}, not three axes (B, S, E). Add the batch with x[None].")
@@ -262,7 +261,7 @@ def _check_shapes(p: dict[str, Any]) -> tuple[int, int]:
             shapes = shapes_of(**{n: p[n] for n in ("x", "qkv_weight", name)})
             raise ValueError(f"{shapes}: {name} must be {shape}, for {heads} heads of {head_dim}. Check its axes.")
     if not p["add_residual"] or p["linear_weight"].shape[1] == width:
-        return heads, head_dim
+        return int(heads)
     raise ValueError(f"linear_weight {p['linear_weight'].shape} gives no residual sum with x {x.shape}.")
 
 

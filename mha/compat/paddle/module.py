@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mha.compat.module_base import FrontEndModule, ModuleGradients
+from mha.compat.module_base import FrontEndModule, ModuleGradients, check_heads
 from mha.compat.paddle.functional import fused_multi_head_attention_vjp
 from mha.problem import checked_probability
 from mha.random import next_generator
@@ -89,11 +89,7 @@ ln_scale_attr, ln_bias_attr : optional
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
-            raise ValueError(
-                f"embed_dim {embed_dim} must be divisible by num_heads {num_heads}, both greater than 0. "
-                "Choose another number of heads."
-            )
+        check_heads(embed_dim, num_heads)
         if need_weights:
             raise ValueError("need_weights=True: the fused layer returns no weights. Leave it at False.")
         if nranks < 1 or num_heads % nranks or (nranks > 1 and ring_id == -1):
@@ -205,7 +201,7 @@ ln_scale_attr, ln_bias_attr : optional
         TypeError, ValueError
             If the gradient does not fit the output.
         """
-        gradients = self._latest()(grad_output, None, mask_gradients)
+        gradients = self._latest.get()(grad_output, None, mask_gradients)
         self._keep(None)
         parameters = {name: gradients[name] for name in self.state_dict()}
         return ModuleGradients(gradients["x"], None, None, parameters, None, gradients.get("attn_mask"))

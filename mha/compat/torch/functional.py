@@ -7,7 +7,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from mha import core
-from mha.compat.differentiable import Backward, primal
+from mha.compat.differentiable import Backward, primal, refuse_grad_weights
 from mha.compat.stacked import StackedCall
 from mha.random import next_state
 
@@ -99,7 +99,15 @@ def multi_head_attention_forward_vjp(
     After PyTorch 2.13. There a causal flag needs a mask beside it and may replace it, and rows without a key are NaN;
     here the flag masks, everything holds, and such rows give 0.
     """
-    call = _call(locals())
+    return forward_vjp(locals(), length_first=True)
+
+
+multi_head_attention_forward = primal(multi_head_attention_forward_vjp)
+
+
+def forward_vjp(p: dict[str, Any], length_first: bool) -> tuple[tuple[Array, Array | None], Backward]:
+    """Result and backward of the call whose parameters these are, for either order of the axes."""
+    call = _call(p, length_first)
     result = call.forward()
 
     def backward(
@@ -111,11 +119,7 @@ def multi_head_attention_forward_vjp(
     return result, backward
 
 
-multi_head_attention_forward = primal(multi_head_attention_forward_vjp)
-
-
-def _call(p: dict[str, Any]) -> StackedCall:
-    """The call whose parameters these are."""
+def _call(p: dict[str, Any], length_first: bool) -> StackedCall:
     separate = ("q_weight", "k_weight", "v_weight")
     unused = ("in_weight",) if p["use_separate_proj_weight"] else separate
     used = separate if p["use_separate_proj_weight"] else ("in_weight",)
@@ -127,7 +131,7 @@ def _call(p: dict[str, Any]) -> StackedCall:
         )
     return StackedCall.build(
         p["query"], p["key"], p["value"], {name: p[own] for name, own in _NAMES.items() if name not in unused},
-        p["num_heads"], embed_dim=p["embed_dim_to_check"], length_first=True, average=p["average_attn_weights"],
+        p["num_heads"], embed_dim=p["embed_dim_to_check"], length_first=length_first, average=p["average_attn_weights"],
         **{name: p[name] for name in ("attn_mask", "key_padding_mask", "is_causal", "add_zero_attn", "dropout_p",
                                       "training", "need_weights")},
     )  # fmt: skip
@@ -155,8 +159,7 @@ def scaled_dot_product_attention_vjp(
     def backward(
         grad_output: Array, grad_weights: Array | None = None, mask_gradients: bool = False
     ) -> dict[str, Array]:
-        if grad_weights is not None:
-            raise ValueError(f"grad_weights {grad_weights.shape}: this function returns no weights. Leave it out.")
+        refuse_grad_weights(grad_weights)
         gradients = core.scaled_dot_product_attention_backward(
             grad_output, query, key, value, output, lse, *options, dropout_state=state, mask_gradients=mask_gradients
         )

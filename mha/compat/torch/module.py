@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mha import layer, optional
-from mha.compat.module_base import FrontEndModule, ModuleGradients, xavier_uniform
+from mha.compat.module_base import FrontEndModule, ModuleGradients, check_heads
 from mha.compat.stacked import StackedCall
 from mha.dispatch import backend_for
 from mha.problem import RowStatistics, checked_probability
-from mha.random import next_generator
+from mha.random import next_generator, xavier_uniform
 
 Array = NDArray[Any]
 
@@ -103,11 +103,7 @@ class MultiheadAttention(FrontEndModule):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        if embed_dim <= 0 or num_heads <= 0 or embed_dim % num_heads:
-            raise ValueError(
-                f"embed_dim {embed_dim} must be divisible by num_heads {num_heads}, both greater than 0. "
-                "Choose another number of heads."
-            )
+        check_heads(embed_dim, num_heads)
         self.embed_dim, self.num_heads = embed_dim, num_heads
         self.kdim = embed_dim if kdim is None else kdim
         self.vdim = embed_dim if vdim is None else vdim
@@ -217,7 +213,7 @@ class MultiheadAttention(FrontEndModule):
         ValueError, TypeError
             If the gradients do not fit what the call returned.
         """
-        made, lengths = self._latest()
+        made, lengths = self._latest.get()
         if lengths is not None:
             grad_output = _joined(grad_output, "grad_output", lengths)
         gradients = made.backward(grad_output, grad_weights, mask_gradients)
@@ -265,16 +261,8 @@ class MultiheadAttention(FrontEndModule):
         return made, lengths, (_parts(output, lengths), weights)
 
     def _named(self) -> dict[str, Array | None]:
-        inputs = (
-            "in_proj_weight",
-            "q_proj_weight",
-            "k_proj_weight",
-            "v_proj_weight",
-            "in_proj_bias",
-            "bias_k",
-            "bias_v",
-        )
-        found: dict[str, Array | None] = {name: getattr(self, name) for name in inputs}
+        names = [own for own in _NAMES.values() if "." not in own]
+        found: dict[str, Array | None] = {name: getattr(self, name) for name in names}
         return found | {"out_proj.weight": self.out_proj.weight, "out_proj.bias": self.out_proj.bias}
 
     def __repr__(self) -> str:
