@@ -1,6 +1,7 @@
-"""The parameter block that a kernel receives: the Python side of `pyx/params.pxd`.
+"""The parameter block that a kernel receives: the Python side of `pyx/params.pxd` and
+`cupy_kernels/params.cuh`.
 
-Every field is an int64 or a float64, in the order of the C struct; pointers are addresses. A test compares the two
+Every field is an int64 or a float64, in the order of the C struct; pointers are addresses. A test compares the
 tables field by field.
 """
 
@@ -50,7 +51,7 @@ def _nested(outer: Iterable[str], inner: Iterable[str]) -> list[str]:
     return [f"{name}.{field}" for name in outer for field in inner]
 
 
-VIEW_FIELDS = ("data", "offsets", "head", "row", "column", "storage")
+VIEW_FIELDS = ("data", "offsets", "batch", "head", "row", "column", "storage")
 MATRIX_FIELDS = ("data", "storage", "rows", "row_outer", "row_inner", "columns", "column_outer", "column_inner")
 
 ATTENTION = Table(
@@ -63,8 +64,8 @@ ATTENTION = Table(
             VIEW_FIELDS,
         ),
         *("lse", "shift", "row_scale", "delta"),
-        *("left", "right", "offset", "row_low", "row_high", "key_lengths", "query_lengths", "key_keep", "key_bias"),
-        "pair_hides",
+        *("left", "right", "position", "offset", "row_low", "row_high", "key_lengths", "query_lengths"),
+        *("key_keep", "key_bias", "pair_hides"),
         *("dropout", "threshold", "seed", "dropout_offset", "total_heads", "batch_start", "head_start", "query_start"),
         *("key_start", "keep_scale", "grad_weights_scale"),
         *("threads", "vectors", "panels", "key_block", "splits", "fused", "mode"),

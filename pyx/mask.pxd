@@ -37,7 +37,7 @@ cdef struct Panel:
 cdef inline void visible_keys(const AttentionParams* p, Py_ssize_t n, int64_t i, int64_t* low,
                               int64_t* high) noexcept nogil:
     """The range of keys that query `i` of sample `n` sees, appended keys apart; high = -1 for an empty row."""
-    cdef int64_t position = i + (p.offset[n] if p.offset != NULL else 0)
+    cdef int64_t position = i + p.position + (p.offset[n] if p.offset != NULL else 0)
     cdef int64_t lo = 0, hi = p.keys - p.extra
     if p.left >= 0 and position - p.left > lo:
         lo = position - p.left
@@ -205,7 +205,7 @@ cdef inline void load_pairs(const TensorView* x, const Panel* panel, int64_t j, 
                             real* tile) noexcept nogil:
     """tile[count][lanes are queries] = x(sample, head, query, j ...)"""
     cdef Py_ssize_t q
-    cdef int64_t start = x.offsets[panel.sample] + j * x.column
+    cdef int64_t start = (x.offsets[panel.sample] if x.offsets != NULL else panel.sample * x.batch) + j * x.column
     for q in range(panel.width):
         load_vector(<int>x.storage, x.data, start + panel.head[q] * x.head + panel.query[q] * x.row, x.column, count,
                     tile + q, panel.width)

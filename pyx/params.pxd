@@ -6,9 +6,11 @@ not needed is NULL.
 from libc.stdint cimport int64_t
 
 cdef struct TensorView:
-    # element (n, h, i, d) lies at data[offsets[n] + h * head + i * row + d * column]
+    # element (n, h, i, d) lies at data[start(n) + h * head + i * row + d * column], where start(n) is n * batch, or
+    # offsets[n] if they are given: broadcast samples need not be one stride apart
     void* data
     const int64_t* offsets
+    int64_t batch
     int64_t head
     int64_t row
     int64_t column
@@ -44,9 +46,10 @@ cdef struct AttentionParams:
     void* shift                     # (N, H, L): probabilities are exp(score - shift) * row_scale; NULL is 1
     void* row_scale
     void* delta                     # (N, H, L), rowsum(grad_output * output) and the share of grad_weights
-    # masks: query i stands at i + offset and sees position - left <= key <= position + right; -1 is unlimited
+    # masks: query i stands at i + position + offset and sees position - left <= key <= position + right; -1 is unlimited
     int64_t left
     int64_t right
+    int64_t position                # of the first query of every sample, to which `offset` adds
     const int64_t* offset           # (N,)
     const int64_t* row_low          # (L,)
     const int64_t* row_high

@@ -21,7 +21,7 @@ cdef inline int native_storage(const real* kind) noexcept nogil:
 
 
 cdef inline int64_t element(const TensorView* x, Py_ssize_t n, Py_ssize_t h, int64_t i) noexcept nogil:
-    return x.offsets[n] + h * x.head + i * x.row
+    return (x.offsets[n] if x.offsets != NULL else n * x.batch) + h * x.head + i * x.row
 
 
 cdef inline Block key_rows(const AttentionParams* p, const TensorView* x, Py_ssize_t n, Py_ssize_t h, int64_t j,
