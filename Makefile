@@ -37,7 +37,7 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PATH="$(abspath $(BIN)):$$PATH" cython-lint pyx
-	$(BIN)/clang-format --dry-run --Werror pyx/*.h
+	$(BIN)/clang-format --dry-run --Werror pyx/*.h cupy_kernels/*.cu* tests/emulator/*.h tests/emulator/*.cuh tests/emulator/*.cpp
 	$(BIN)/mypy
 
 clean:

@@ -10,12 +10,28 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from mha.optional import array_module
+from mha.optional import array_module, register_library
 from mha.problem import AttentionProblem, Dropout
 
 #: Library of the arrays -> the module that computes on them.
-_BACKENDS = {"numpy": "mha.cpu"}
-_BY_NAME = {"cpu": "mha.cpu", "reference": "mha.reference_backend"}
+_BACKENDS = {"numpy": "mha.cpu", "cupy": "mha.gpu"}
+_BY_NAME = {"cpu": "mha.cpu", "gpu": "mha.gpu", "reference": "mha.reference_backend"}
+
+
+def register(library: ModuleType, array_type: type, backend: str) -> None:
+    """Have arrays of another library computed by the module named `backend`.
+
+    Parameters
+    ----------
+    library : module
+        Has the functions of NumPy's that the package uses, and `ndarray`.
+    array_type : type
+        Of its arrays.
+    backend : str
+        Import name of a module with the functions of `mha.cpu`.
+    """
+    register_library(library, array_type)
+    _BACKENDS[library.__name__] = backend
 
 
 def backend_of(*arrays: Any) -> Any:

@@ -1,6 +1,6 @@
 """The only place that imports what may be absent, and the only one that knows which array libraries there are.
 
-CuPy is never imported from here: an array that is CuPy's proves that the caller has done so.
+CuPy is never imported for its arrays' sake: an array that is CuPy's proves that the caller has done so.
 """
 
 from __future__ import annotations
@@ -22,11 +22,23 @@ except ImportError:
     bfloat16 = None
 
 
+#: Array type -> the library it belongs to; `register_library` adds others.
+_libraries: dict[type, ModuleType] = {np.ndarray: np}
+
+
+def register_library(library: ModuleType, array_type: type) -> None:
+    """Make arrays of this type known as those of `library`, which has what the package uses of NumPy."""
+    _libraries[array_type] = library
+
+
 def _library(x: Any) -> ModuleType | None:
-    if isinstance(x, np.ndarray):
-        return np
-    cupy = sys.modules.get("cupy")
-    return cupy if cupy is not None and isinstance(x, cupy.ndarray) else None
+    found = _libraries.get(type(x))
+    if found is None:
+        cupy = sys.modules.get("cupy")
+        if cupy is not None:
+            _libraries.setdefault(cupy.ndarray, cupy)
+        found = next((library for kind, library in _libraries.items() if isinstance(x, kind)), None)
+    return found
 
 
 def is_array(x: Any) -> bool:

@@ -74,6 +74,29 @@ class RowStatistics(NamedTuple):
     scale: Array | None = None
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a problem: N, H, Hk, L, T, D, Dv."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    head_dim: int
+    v_head_dim: int
+
+    @property
+    def rows(self) -> int:
+        """Query rows that share a key head."""
+        return self.heads // max(self.kv_heads, 1) * self.queries
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the forward, nothing hidden."""
+        return 2 * self.batch * self.heads * self.queries * self.keys * (self.head_dim + self.v_head_dim)
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionProblem:
     """One call of the attention core, validated."""
@@ -165,6 +188,11 @@ class AttentionProblem:
     def v_head_dim(self) -> int:
         """Dv"""
         return self.value.shape[-1]
+
+    @property
+    def sizes(self) -> Sizes:
+        """What plans are made from."""
+        return Sizes(self.batch, self.heads, self.kv_heads, self.queries, self.keys, self.head_dim, self.v_head_dim)
 
     @property
     def dtype(self) -> np.dtype[Any]:

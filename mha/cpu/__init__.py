@@ -12,7 +12,6 @@ from mha.cpu import launch, load
 from mha.cpu.plan import (
     AttentionPlan,
     Facts,
-    Sizes,
     plan_backward,
     plan_forward,
     plan_product,
@@ -58,7 +57,7 @@ def attention_forward(problem: AttentionProblem, heads_last: bool = False) -> tu
     if not lse.size:
         return output, lse, rows
     facts = _facts(p.computing)
-    plan = plan_forward(sizes_of(p), facts)
+    plan = plan_forward(p.sizes, facts)
     block = launch.attention(p, facts.kernels)
     launch.follow(block, plan)
     block.view("output", output, p.batch_shape)
@@ -120,7 +119,7 @@ def attention_backward(
     block.pointer("delta", delta)
     block.view("output", output, p.batch_shape)
     block.view("grad_output", grad_output, p.batch_shape)
-    _run(block, plan_rows("attention_delta", sizes_of(p), facts))
+    _run(block, plan_rows("attention_delta", p.sizes, facts))
     if grad_weights is not None:
         everywhere = np.broadcast_to(grad_weights, (*p.batch_shape, p.heads, p.queries, p.keys))
         block.view("grad_weights", everywhere, p.batch_shape)
@@ -131,7 +130,7 @@ def attention_backward(
         gradient = np.empty((*p.batch_shape, *x.shape[-3:]), p.dtype)
         block.view(f"grad_{name}", gradient, p.batch_shape)
         gradients.append(gradient)
-    for plan in plan_backward(sizes_of(p), facts):
+    for plan in plan_backward(p.sizes, facts):
         launch.follow(block, plan)
         _run(block, plan)
     grad_query, grad_key, grad_value = gradients
@@ -234,12 +233,6 @@ def residual_norm_backward(
     return of_total, of_x, *sums
 
 
-def sizes_of(problem: AttentionProblem) -> Sizes:
-    """What plans are made from."""
-    p = problem
-    return Sizes(p.batch, p.heads, p.kv_heads, p.queries, p.keys, p.head_dim, p.v_head_dim)
-
-
 def _facts(computing: np.dtype[Any]) -> Facts:
     kernels = load.kernels(load.chosen_level())
     return Facts(kernels.VECTOR_BYTES // computing.itemsize, computing.itemsize, get_num_threads(), kernels)
@@ -250,6 +243,6 @@ def _run(block: launch.Launch, plan: AttentionPlan) -> None:
 
 
 def _run_rows(block: launch.Launch, problem: AttentionProblem, facts: Facts) -> None:
-    plan = plan_rows("attention_weights", sizes_of(problem), facts)
+    plan = plan_rows("attention_weights", problem.sizes, facts)
     launch.follow(block, plan)
     _run(block, plan)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from mha.problem import Sizes
+
 #: Below this many floating-point operations waking the pool costs more than it gains (some ten microseconds).
 _SMALL_WORK = 3_000_000
 #: Rows per key head up to which a call is bound by memory, and lanes along the features pay.
@@ -29,29 +31,6 @@ class Facts:
     itemsize: int
     threads: int
     kernels: Any = None
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes of a problem: N, H, Hk, L, T, D, Dv."""
-
-    batch: int
-    heads: int
-    kv_heads: int
-    queries: int
-    keys: int
-    head_dim: int
-    v_head_dim: int
-
-    @property
-    def rows(self) -> int:
-        """Query rows that share a key head."""
-        return self.heads // max(self.kv_heads, 1) * self.queries
-
-    @property
-    def flops(self) -> int:
-        """Floating-point operations of the forward, nothing hidden."""
-        return 2 * self.batch * self.heads * self.queries * self.keys * (self.head_dim + self.v_head_dim)
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,14 @@ import pytest
 
 import mha
 from mha.cpu import launch, load, plan, threads
+from mha.problem import Sizes
 
-BIG = plan.Sizes(4, 12, 12, 512, 512, 64, 64)
+BIG = Sizes(4, 12, 12, 512, 512, 64, 64)
 FACTS = plan.Facts(lanes=16, itemsize=4, threads=2)
 
 
 def test_few_rows_are_decoded_with_keys_split_by_the_problem_alone() -> None:
-    sizes = plan.Sizes(1, 32, 8, 1, 4096, 128, 128)
+    sizes = Sizes(1, 32, 8, 1, 4096, 128, 128)
     plans = [plan.plan_forward(sizes, plan.Facts(16, 4, n)) for n in (1, 2, 64)]
     assert {p.kernel for p in plans} == {"attention_decode"}
     assert len({p.splits for p in plans}) == 1
@@ -26,7 +27,7 @@ def test_few_rows_are_decoded_with_keys_split_by_the_problem_alone() -> None:
 
 
 def test_small_work_stays_on_the_calling_thread() -> None:
-    small = plan.Sizes(1, 2, 2, 16, 16, 32, 32)
+    small = Sizes(1, 2, 2, 16, 16, 32, 32)
     assert plan.plan_forward(small, FACTS).threads == 1
     assert plan.plan_forward(BIG, FACTS).threads == 2
     assert plan.plan_product(16, 64, 64, True, FACTS).threads == 1
@@ -34,7 +35,7 @@ def test_small_work_stays_on_the_calling_thread() -> None:
 
 def test_the_backward_is_fused_where_heads_suffice() -> None:
     assert [p.fused for p in plan.plan_backward(BIG, FACTS)] == [True]
-    one_head = plan.Sizes(1, 1, 1, 32768, 32768, 64, 64)
+    one_head = Sizes(1, 1, 1, 32768, 32768, 64, 64)
     separate = plan.plan_backward(one_head, FACTS)
     assert [p.kernel for p in separate] == ["attention_backward", "attention_backward_query"]
     assert not separate[0].fused
@@ -42,7 +43,7 @@ def test_the_backward_is_fused_where_heads_suffice() -> None:
 
 
 def test_scratch_of_the_fused_backward_is_bounded() -> None:
-    long = plan.Sizes(8, 16, 16, 65536, 65536, 128, 128)
+    long = Sizes(8, 16, 16, 65536, 65536, 128, 128)
     assert not plan.plan_backward(long, FACTS)[0].fused
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from mha.cpu import plan
-from mha.cpu.plan import AttentionPlan, Facts, Sizes
+from mha.cpu.plan import AttentionPlan, Facts
+from mha.problem import Sizes
 
 THREADS = (1, 2, 3, 8, 64, 1000)
 LANES = [(4, 4), (8, 4), (16, 4), (2, 8), (4, 8), (8, 8)]

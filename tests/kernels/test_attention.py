@@ -12,6 +12,7 @@ from tolerance import DTYPES, TRUTH, assert_as_good_as_naive
 
 from mha import cpu
 from mha.cpu import plan
+from mha.problem import Sizes
 
 NAMES = [case.name for case in in_groups("edge", "mask", "shape")]
 ALL = [(name, dtype) for name in NAMES for dtype in DTYPES]
@@ -23,7 +24,7 @@ def backward_plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     fused = request.param == "fused"
     original = plan.plan_backward
 
-    def forced(sizes: plan.Sizes, facts: plan.Facts) -> Any:
+    def forced(sizes: Sizes, facts: plan.Facts) -> Any:
         threads = 1 if fused else 10**6
         plans = original(sizes, plan.Facts(facts.lanes, facts.itemsize, threads))
         assert plans[0].fused == fused or sizes.flops < plan._SMALL_WORK

@@ -13,6 +13,7 @@ from tolerance import TRUTH, assert_as_good_as_naive
 import mha
 from mha import cpu
 from mha.cpu import launch, plan
+from mha.problem import Sizes
 
 #: Around the multiples of the keys that a split and a panel of any level hold.
 LENGTHS = (1, 15, 16, 17, 255, 256, 257, 511, 512, 513, 8191, 8192, 8193, 12_345)
@@ -24,7 +25,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[plan.AttentionPlan]:
     seen: list[plan.AttentionPlan] = []
     original = plan.plan_forward
 
-    def recording(sizes: plan.Sizes, facts: plan.Facts) -> plan.AttentionPlan:
+    def recording(sizes: Sizes, facts: plan.Facts) -> plan.AttentionPlan:
         seen.append(original(sizes, facts))
         return seen[-1]
 

@@ -1,0 +1,1 @@
+"""CUDA C++ kernels, read as text by `mha.gpu.load`."""
