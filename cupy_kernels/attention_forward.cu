@@ -6,7 +6,7 @@
 #include "online_softmax.cuh"
 
 constexpr int WARPS = MHA_WARPS, THREADS = 32 * WARPS, M = MHA_ROW_TILES, ROWS = 16 * M * WARPS, KEYS = MHA_KEYS;
-constexpr int D = MHA_HEAD_DIM, DV = MHA_V_HEAD_DIM; // as compiled, multiples of 16
+constexpr int D = MHA_HEAD_DIM, DV = MHA_V_COLUMNS; // as compiled, multiples of 16
 constexpr bool ALIGNED = MHA_ALIGNED, DROPOUT = MHA_DROPOUT, SPARE = !MHA_TENSOR;
 constexpr int SHARED = (sizeof(Panel<ROWS>) + 15) / 16 * 16 + ROWS * Tile<Stored, D>::ROW_BYTES +
                        KEYS * (Tile<Stored, D>::ROW_BYTES + Tile<Stored, DV>::ROW_BYTES) +

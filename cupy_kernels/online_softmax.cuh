@@ -104,6 +104,9 @@ __device__ __forceinline__ Real softmax_gradient(Real p, Real dp, Real delta)
     return p == 0 ? (Real)0 : p * (dp - delta);
 }
 
+// Through c * tanh(x / c), t being the tanh, and exactly 0 where g is 0.
+__device__ __forceinline__ Real softcap_gradient(Real g, Real t) { return g == 0 ? (Real)0 : g * (1 - t * t); }
+
 // The row's log-sum-exp, and for the backward what it is made of.
 __device__ __forceinline__ void store_statistics(const AttentionParams &p, int64 row, Real maximum, Real sum)
 {

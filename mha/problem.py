@@ -76,7 +76,7 @@ class RowStatistics(NamedTuple):
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a problem: N, H, Hk, L, T, D, Dv."""
+    """The sizes of a problem: N, H, Hk, L, T, D, Dv, and how many of the T keys are appended ones."""
 
     batch: int
     heads: int
@@ -85,6 +85,7 @@ class Sizes:
     keys: int
     head_dim: int
     v_head_dim: int
+    extra: int = 0
 
     @property
     def rows(self) -> int:
@@ -192,7 +193,8 @@ class AttentionProblem:
     @property
     def sizes(self) -> Sizes:
         """What plans are made from."""
-        return Sizes(self.batch, self.heads, self.kv_heads, self.queries, self.keys, self.head_dim, self.v_head_dim)
+        lengths = self.queries, self.keys, self.head_dim, self.v_head_dim
+        return Sizes(self.batch, self.heads, self.kv_heads, *lengths, self.mask.extra)
 
     @property
     def dtype(self) -> np.dtype[Any]:

@@ -1,39 +1,31 @@
-"""Every choice of the GPU backend, as pure functions of sizes, types and the device: which kernel, tiles, memory.
+"""Every choice of the GPU backend, as pure functions of sizes, types and the device: which kernel, tiles, splits.
 
-A tile is compiled in, so every plan is one specialisation. Sizes are rounded up to few values: D and Dv to multiples of
-16, row blocks and key tiles to powers of two.
+A tile is compiled in, so every plan is one specialisation. Sizes are rounded up to few values: head sizes to multiples
+of 16, row blocks and key tiles to powers of two.
+
+The registers decide on the tiles. Of a thread's 255, a result takes row_tiles * columns / 2, scores or their gradients
+row_tiles * keys / 2, twice as many in float64. Two row tiles halve what the products read from shared memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 from mha.gpu.runtime import DeviceFacts
+from mha.gpu.tiles import ANYTHING, SHARED, Tiles, Traits, defines, fitting, round_up
 from mha.problem import Sizes
-
-#: Numbers of MHA_MASKS in cupy_kernels/mask.cuh.
-NOTHING_HIDDEN, RANGES, ANYTHING = range(3)
 
 #: The largest head size.
 MOST_COLUMNS = 256
+#: Rows per key head up to which a call is bound by memory: those of one matrix instruction.
+_DECODE_ROWS = 16
+#: Blocks of a decode per multiprocessor, each one warp.
+_DECODE_BLOCKS = 4
+#: Keys that one split of a decode covers at least.
+_SPLIT_KEYS = 256
 
-
-class Traits(NamedTuple):
-    """What a specialisation depends on besides sizes."""
-
-    #: A number of `params.STORAGE`.
-    storage: int
-    itemsize: int
-    #: Bytes of the computing type.
-    real: int
-    #: Matrix instructions; without them plain multiplications and additions, which float32 is exact with.
-    tensor: bool
-    masks: int
-    dropout: bool
-    #: Whether rows of query, key and value can be copied 16 bytes at a time.
-    aligned: bool
+#: Modes of the kernel attention_weights.
+WEIGHTS, AVERAGE, MASK_GRADIENT, DELTA, ROW_SCALE = range(5)
 
 
 @dataclass(frozen=True)
@@ -50,123 +42,179 @@ class KernelPlan:
     why: str = ""
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """What a block of threads works on: `warps` times 16 * `row_tiles` rows, against `keys` columns at a time."""
-
-    row_tiles: int
-    warps: int
-    keys: int
-    #: Columns of the output that a block takes on.
-    columns: int
-
-    @property
-    def rows(self) -> int:
-        """Of a block."""
-        return 16 * self.row_tiles * self.warps
-
-
-def row_bytes(columns: int, itemsize: int) -> int:
-    """Of a row in shared memory, as `Tile` in cupy_kernels/tile.cuh lays it out."""
-    chunks = -(-columns * itemsize // 16)
-    if chunks > 4:
-        return 16 * round_up(chunks, 8)
-    return 16 * (chunks if chunks <= 2 else 4)
-
-
-def round_up(n: int, step: int) -> int:
-    """To a multiple, at least one."""
-    return max(1, -(-n // step)) * step
-
-
-def _panel_bytes(rows: int) -> int:
-    """Of `Panel` in cupy_kernels/mask.cuh."""
-    return round_up(4 * (4 * rows + 4), 16)
-
-
-def _forward_bytes(tiles: Tiles, d: int, traits: Traits) -> int:
-    """Shared memory of attention_forward: panel, queries, keys, values, and what the weights need."""
-    queries = row_bytes(d, traits.itemsize)
-    spare = 0 if traits.tensor else tiles.rows * row_bytes(tiles.keys, traits.real)
-    draws = tiles.rows * (tiles.keys // 8 + 1) if traits.dropout else 0
-    values = row_bytes(tiles.columns, traits.itemsize)
-    return _panel_bytes(tiles.rows) + tiles.rows * queries + tiles.keys * (queries + values) + spare + draws
-
-
-def plan_forward(sizes: Sizes, traits: Traits, facts: DeviceFacts) -> KernelPlan:
-    """Output and log-sum-exp."""
-    d, dv = round_up(sizes.head_dim, 16), round_up(sizes.v_head_dim, 16)
-    tiles = _first_that_fits(
-        _forward_tiles(max(d, dv), dv, traits), sizes.rows, sizes.keys, facts, lambda t: _forward_bytes(t, d, traits)
-    )
+def plan_forward(sizes: Sizes, traits: Traits, facts: DeviceFacts) -> list[KernelPlan]:
+    """Output and log-sum-exp: one kernel, or for few rows a split one and one that combines the parts."""
+    if sizes.rows <= _DECODE_ROWS:
+        return _plan_decode(sizes, traits, facts)
+    tiles = _tiles("attention_forward", _forward_tiles(sizes, traits), sizes.rows, sizes.keys, traits, facts)
     blocks = sizes.batch * sizes.kv_heads * -(-sizes.rows // tiles.rows)
-    parts = -(-dv // tiles.columns)
-    return KernelPlan(
-        "attention_forward", "attention_forward", _defines(tiles, d, traits, _forward_bytes(tiles, d, traits)),
-        (blocks, parts), 32 * tiles.warps, _forward_bytes(tiles, d, traits),
-        why=f"{blocks} blocks of {tiles.rows} query rows, {tiles.keys} keys at a time"
-        + (f", {parts} parts of the output's columns" if parts > 1 else ""),
-    )  # fmt: skip
+    why = f"{blocks} blocks of {tiles.rows} query rows, {tiles.keys} keys at a time"
+    return [_plan("attention_forward", tiles, traits, blocks, tiles.dv // tiles.v_columns, why)]
 
 
-def _forward_tiles(widest: int, dv: int, traits: Traits) -> Tiles:
-    """The tile for large problems.
-
-    The registers decide: the output takes row_tiles * columns / 2 of a thread's 255, the scores row_tiles * keys / 2,
-    twice as many in float64. Two row tiles halve the shared memory that the products read.
-    """
+def _forward_tiles(sizes: Sizes, traits: Traits) -> Tiles:
+    d, dv = round_up(sizes.head_dim, 16), round_up(sizes.v_head_dim, 16)
+    widest, narrow = max(d, dv), traits.itemsize == 2
     if traits.real == 8:
-        return Tiles(1, 4, 32 if widest <= 64 else 16, min(dv, 64 if traits.dropout and widest > 64 else 128))
+        most = 64 if traits.dropout and widest > 64 else 128
+        return _of(d, dv, MOST_COLUMNS, most, 1, 4, 32 if widest <= 64 else 16)
+    most = 256 if traits.tensor else 128
     if widest > 128:
-        return Tiles(1, 8 if traits.itemsize == 2 else 4, 32, min(dv, 256 if traits.tensor else 128))
+        return _of(d, dv, MOST_COLUMNS, most, 1, 8 if narrow else 4, 32)
     if traits.masks == ANYTHING:
-        return Tiles(1, 4, 64 if widest <= 64 else 32, dv)
+        return _of(d, dv, MOST_COLUMNS, most, 1, 4, 64 if widest <= 64 else 32)
     if traits.dropout and widest > 64:
-        return Tiles(1, 8 if traits.itemsize == 2 else 4, 64 if traits.itemsize == 2 else 32, dv)
-    return Tiles(2, 4, 64 if widest <= 64 or traits.itemsize == 2 else 32, dv)
+        return _of(d, dv, MOST_COLUMNS, most, 1, 8 if narrow else 4, 64 if narrow else 32)
+    return _of(d, dv, MOST_COLUMNS, most, 2, 4, 64 if widest <= 64 or narrow else 32)
 
 
-def _first_that_fits(tiles: Tiles, rows: int, keys: int, facts: DeviceFacts, size: object) -> Tiles:
-    """The tile, smaller where the problem has fewer rows or keys, or the device less shared memory."""
-    for smaller in _smaller(tiles, rows, keys):
-        if size(smaller) <= facts.shared_bytes:  # type: ignore[operator]
-            return smaller
-    raise AssertionError(f"no tile fits into {facts.shared_bytes} bytes")
+def _plan_decode(sizes: Sizes, traits: Traits, facts: DeviceFacts) -> list[KernelPlan]:
+    d, dv = round_up(sizes.head_dim, 16), round_up(sizes.v_head_dim, 16)
+    most = 128 if traits.real == 8 or not traits.tensor else 256
+    wide = max(d, dv) * traits.itemsize > 256
+    tiles = replace(_of(d, dv, MOST_COLUMNS, most, 1, 1, 32 if wide else 64), stages=2 if wide else 3)
+    tiles = _tiles("attention_decode", tiles, sizes.rows, sizes.keys, traits, facts)
+    heads = max(1, sizes.batch * sizes.kv_heads)
+    wanted = -(-facts.multiprocessors * _DECODE_BLOCKS // heads)
+    splits = max(1, min(wanted, sizes.keys // _SPLIT_KEYS))
+    why = f"{sizes.rows} query rows a key head: memory decides, keys in {splits} parts"
+    parts = tiles.dv // tiles.v_columns
+    combine = KernelPlan(
+        "attention_combine", "attention_decode", _plan("attention_decode", tiles, traits, 0, 1, "").defines,
+        (heads * sizes.rows, 1), 128, 0, splits, why,
+    )  # fmt: skip
+    return [replace(_plan("attention_decode", tiles, traits, heads * splits, parts, why), splits=splits), combine]
 
 
-def _smaller(tiles: Tiles, rows: int, keys: int) -> Iterator[Tiles]:
-    row_tiles, warps, block = tiles.row_tiles, tiles.warps, tiles.keys
-    while warps > 1 and rows <= 16 * row_tiles * (warps // 2):
-        warps //= 2
-    if row_tiles == 2 and rows <= 16 * warps:
-        row_tiles = 1
-    while block > 16 and keys <= block // 2:
-        block //= 2
-    while True:
-        yield Tiles(row_tiles, warps, block, tiles.columns)
-        if block > 32:
-            block //= 2
-        elif warps > 1:
-            warps //= 2
-        elif row_tiles > 1:
-            row_tiles = 1
-        elif block > 16:
-            block = 16
-        else:
-            return
+def partial_size(sizes: Sizes, traits: Traits, splits: int) -> int:
+    """Bytes of what the parts of a decode leave: an output, a maximum and a sum for every row."""
+    return sizes.batch * sizes.kv_heads * splits * sizes.rows * (sizes.v_head_dim + 2) * traits.real
 
 
-def _defines(tiles: Tiles, d: int, traits: Traits, shared: int) -> tuple[tuple[str, int], ...]:
-    return (
-        ("MHA_STORAGE", traits.storage),
-        ("MHA_TENSOR", int(traits.tensor)),
-        ("MHA_MASKS", traits.masks),
-        ("MHA_DROPOUT", int(traits.dropout)),
-        ("MHA_ALIGNED", int(traits.aligned)),
-        ("MHA_HEAD_DIM", d),
-        ("MHA_V_HEAD_DIM", tiles.columns),
-        ("MHA_ROW_TILES", tiles.row_tiles),
-        ("MHA_WARPS", tiles.warps),
-        ("MHA_KEYS", tiles.keys),
-        ("MHA_SHARED", shared),
-    )
+def plan_backward(sizes: Sizes, traits: Traits, facts: DeviceFacts) -> list[KernelPlan]:
+    """Gradients of query, key and value: one kernel for the keys' and the values', one for the queries'."""
+    kernel, tiles = "attention_backward", _backward_tiles(sizes, traits)
+    tiles = _tiles(kernel, tiles, sizes.keys, sizes.queries, traits, facts)
+    panels = -(-(sizes.keys - sizes.extra) // tiles.rows) + -(-sizes.extra // tiles.rows)
+    heads = sizes.batch * sizes.kv_heads
+    why = f"{heads * panels} blocks of {tiles.rows} keys, {tiles.keys} queries at a time"
+    keys = _plan(kernel, tiles, traits, heads * panels, tiles.parts, why)
+    return [keys, _plan_backward_query(sizes, traits, facts)]
+
+
+def _backward_tiles(sizes: Sizes, traits: Traits) -> Tiles:
+    widest, narrow = max(sizes.head_dim, sizes.v_head_dim), traits.itemsize == 2
+    most = 64 if traits.real == 8 else 128
+    parts = -(-widest // most)
+    d, dv = round_up(sizes.head_dim, 16 * parts), round_up(sizes.v_head_dim, 16 * parts)
+    if traits.real == 8:
+        row_tiles, warps, queries = 1, 4, 16
+    elif widest <= 64 and traits.masks != ANYTHING and not traits.dropout:
+        row_tiles, warps, queries = 2, 4, 32
+    else:
+        row_tiles, warps, queries = 1, 8 if narrow else 4, 32 if narrow else 16
+    return Tiles(row_tiles, warps, queries, d, dv, d // parts, dv // parts, stages=2)
+
+
+def _plan_backward_query(sizes: Sizes, traits: Traits, facts: DeviceFacts) -> KernelPlan:
+    kernel = "attention_backward_query"
+    most = 64 if traits.real == 8 else 256 if traits.tensor else 128
+    parts = -(-sizes.head_dim // most)
+    d, dv = round_up(sizes.head_dim, 16 * parts), round_up(sizes.v_head_dim, 16)
+    if traits.real == 8:
+        row_tiles, warps, keys = 1, 4, 16
+    elif d // parts <= 64 and traits.masks != ANYTHING and not traits.dropout:
+        row_tiles, warps, keys = 2, 4, 32
+    else:
+        row_tiles, warps, keys = 1, 8 if traits.itemsize == 2 else 4, 32
+    tiles = Tiles(row_tiles, warps, keys, d, dv, d // parts, dv, stages=2)
+    tiles = _tiles(kernel, tiles, sizes.rows, sizes.keys, traits, facts)
+    blocks = sizes.batch * sizes.kv_heads * -(-sizes.rows // tiles.rows)
+    why = f"{blocks} blocks of {tiles.rows} query rows, {tiles.keys} keys at a time"
+    return _plan(kernel, tiles, traits, blocks, parts, why)
+
+
+def plan_rows(kernel: str, sizes: Sizes, traits: Traits, facts: DeviceFacts) -> KernelPlan:
+    """The row term of the backward."""
+    rows = sizes.batch * sizes.heads * sizes.queries
+    return KernelPlan(kernel, kernel, (("MHA_STORAGE", traits.storage), ("MHA_TENSOR", 0), ("MHA_WARPS", 4)),
+                      (-(-rows // 4), 1), 128, 0, why=f"{rows} rows, a warp each")  # fmt: skip
+
+
+def plan_weights(
+    mode: int, target: tuple[int, int, int, int], sizes: Sizes, traits: Traits, facts: DeviceFacts
+) -> KernelPlan:
+    """The weights and their kin; `target` is the shape of what is written, or the problem's for sums over rows."""
+    kernel = "attention_weights_gradient" if mode == MASK_GRADIENT else "attention_weights"
+    if mode == ROW_SCALE:
+        traits = traits._replace(dropout=False)
+    d, dv = round_up(sizes.head_dim, 16), round_up(sizes.v_head_dim, 16)
+    tiles = Tiles(1, 4, 64 if traits.real == 4 and mode != MASK_GRADIENT else 32, d, dv, d, dv)
+    tiles = _tiles(kernel, tiles, sizes.queries, sizes.keys, traits, facts)
+    batch, heads, rows, keys = target
+    own = sizes.keys - sizes.extra
+    if mode in (DELTA, ROW_SCALE):
+        items = sizes.batch * sizes.heads * -(-sizes.queries // tiles.rows)
+    else:
+        panels = -(-own // tiles.keys) + -(-(keys - own) // tiles.keys)
+        items = batch * heads * -(-rows // tiles.rows) * panels
+    why = f"{items} parts of {tiles.rows} rows and {tiles.keys} keys"
+    plan = _plan(kernel, tiles, traits, items, 1, why, MHA_MODE=mode)
+    return replace(plan, kernel="attention_weights", stem="attention_weights")
+
+
+def _of(d: int, dv: int, most: int, v_most: int, row_tiles: int, warps: int, keys: int) -> Tiles:
+    """A tile whose columns are shared out evenly where they are more than a block takes on."""
+    parts, v_parts = -(-d // most), -(-dv // v_most)
+    d, dv = round_up(d, 16 * parts), round_up(dv, 16 * v_parts)
+    return Tiles(row_tiles, warps, keys, d, dv, d // parts, dv // v_parts)
+
+
+def _tiles(kernel: str, tiles: Tiles, rows: int, others: int, traits: Traits, facts: DeviceFacts) -> Tiles:
+    return fitting(kernel, tiles, rows, others, traits, facts.shared_bytes)
+
+
+def _plan(kernel: str, t: Tiles, traits: Traits, blocks: int, parts: int, why: str, **more: int) -> KernelPlan:
+    if parts > 1:
+        why += f", {parts} parts of the columns"
+    names = {"MHA_COLUMNS": t.columns, "MHA_V_COLUMNS": t.v_columns, "MHA_STAGES": t.stages, **more}
+    return KernelPlan(kernel, kernel, defines(kernel, t, traits, **names), (blocks, parts), 32 * t.warps,
+                      SHARED[kernel](t, traits), why=why)  # fmt: skip
+
+
+#: Features of a row up to which a warp works on it; more keep a whole block of threads busy.
+_WARP_FEATURES = 1024
+#: At most so many blocks of rows, each with its own sums; several per multiprocessor of any device.
+_ROW_BLOCKS = 1024
+
+
+@dataclass(frozen=True)
+class RowsPlan:
+    """How dropout, residual link and norm of rows run: kernels, one after the other."""
+
+    kernels: tuple[KernelPlan, ...]
+    #: Rows whose sums a team of threads makes, and how many such blocks there are.
+    row_block: int = 0
+    row_blocks: int = 0
+
+
+def plan_residual_norm(rows: int, features: int, storage: int) -> RowsPlan:
+    """Dropout, residual link and layer norm of (N * L, E); `storage` is a number of `params.STORAGE`."""
+    return RowsPlan((_plan_rows("residual_norm", rows, features, storage),))
+
+
+def plan_residual_norm_backward(rows: int, features: int, storage: int) -> RowsPlan:
+    """Its backward; which rows are a block depends on their number alone, so that the bits are those of any device."""
+    row_block = max(16, -(-rows // _ROW_BLOCKS))
+    blocks = -(-rows // row_block)
+    first = _plan_rows("residual_norm_backward", blocks, features, storage)
+    last = replace(first, kernel="residual_norm_sums", grid=(-(-2 * features // 32), 1), why=f"{blocks} sums")
+    return RowsPlan((first, last), row_block, blocks)
+
+
+def _plan_rows(kernel: str, items: int, features: int, storage: int) -> KernelPlan:
+    threads, team = (128, 32) if features <= _WARP_FEATURES else (256, 256)
+    defines = (("MHA_STORAGE", storage), ("MHA_THREADS", threads), ("MHA_TEAM", team))
+    why = f"{items} times {team} threads"
+    # Shared memory: a number for each thread.
+    return KernelPlan(kernel, "residual_norm", defines, (-(-items * team // threads), 1), threads, 8 * threads, why=why)
