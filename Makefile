@@ -23,7 +23,7 @@ test-text: $(VENV)/.tests
 # A CPU build of PyTorch, 200 MB, to compare with; expecttest is what its sample generators ask for.
 test-torch: $(VENV)/.tests
 	$(BIN)/python -m pip install --quiet torch==2.13.0 expecttest
-	$(BIN)/python -m pytest -m "not slow" tests/compat/test_torch_live.py tests/test_convert.py tests/test_module.py $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" tests/compat/test_torch_live.py tests/test_convert.py tests/test_module.py tests/test_exchange.py $(ARGS)
 
 # Which test shows which parameter of the five systems, from the calls that the tests make.
 parameter-table: $(VENV)/.tests

@@ -20,6 +20,8 @@ KERNEL(THREADS) attention_backward(const __grid_constant__ AttentionParams p)
     unsigned char *cursor = memory;
     Stored *key = (Stored *)carve(cursor, ROWS * Tile<Stored, D>::ROW_BYTES);
     Stored *value = (Stored *)carve(cursor, ROWS * Tile<Stored, DV>::ROW_BYTES);
+    const Stored *own_key = key + 16 * M * warp_index() * Tile<Stored, D>::ROW; // this warp's
+    const Stored *own_value = value + 16 * M * warp_index() * Tile<Stored, DV>::ROW;
     unsigned char *stages = carve(cursor, STAGES * STAGE);
     const int first_row = 16 * M * warp_index();
     Real *spare = (Real *)(carve(cursor, SPARE ? ROWS * Tile<Real, QUERIES>::ROW_BYTES : 0) +
@@ -32,7 +34,7 @@ KERNEL(THREADS) attention_backward(const __grid_constant__ AttentionParams p)
     };
 
     const int panels = key_panels(p, ROWS), index = blockIdx.x % panels; // the first keys are seen most under a causal
-    const int64 n = blockIdx.x / panels / p.kv_heads;                    // mask
+    const int n = (int)(blockIdx.x / panels / p.kv_heads);               // mask
     const int kv_head = (int)(blockIdx.x / panels % p.kv_heads), group = (int)(p.heads / p.kv_heads);
     int first, count;
     key_range(p, index, ROWS, first, count);
@@ -58,9 +60,8 @@ KERNEL(THREADS) attention_backward(const __grid_constant__ AttentionParams p)
         const auto exists = [&](int r) {
             return i + r < p.queries && !(MASKS != NOTHING_HIDDEN && p.query_lengths && i + r >= p.query_lengths[n]);
         };
-        load_rows<ALIGNED, D, THREADS>(queries_of(stage), QUERIES, p.query, (int)p.head_dim, [&](int r) {
-            return exists(r) ? element(p.query, n, head, i + r) : (int64)-1;
-        });
+        load_rows<ALIGNED, D, THREADS>(queries_of(stage), QUERIES, p.query, (int)p.head_dim,
+                                       [&](int r) { return exists(r) ? element(p.query, n, head, i + r) : (int64)-1; });
         load_rows<ALIGNED, DV, THREADS>(grads_of(stage), QUERIES, p.grad_output, (int)p.v_head_dim, [&](int r) {
             return exists(r) ? element(p.grad_output, n, head, i + r) : (int64)-1;
         });
@@ -94,11 +95,10 @@ KERNEL(THREADS) attention_backward(const __grid_constant__ AttentionParams p)
         const KeyPanel<QUERIES> &panel = *panel_of(stage);
         Real weights[M][QUERIES / 8][4], slope[M][QUERIES / 8][4], grad[M][QUERIES / 8][4];
         clear(weights);
-        tile_scores<D>(weights, key, first_row, query);
-        const bool partial =
-            mask_query_scores(p, panel, n, head, i, first, count, first + first_row, weights, slope);
+        tile_scores<D>(weights, own_key, query);
+        const bool partial = mask_query_scores(p, panel, n, head, i, first, count, first + first_row, weights, slope);
         clear(grad);
-        tile_scores<DV>(grad, value, first_row, grad_output);
+        tile_scores<DV>(grad, own_value, grad_output);
 #pragma unroll
         for (int c = 0; c < QUERIES / 8; c++)
 #pragma unroll
@@ -140,9 +140,9 @@ KERNEL(THREADS) attention_backward(const __grid_constant__ AttentionParams p)
         }
         const int part = blockIdx.y;
         if (hiding_grads)
-            tile_accumulate_hiding<DV>(grad_value, dropped, grad_output, part * V_COLUMNS);
+            tile_accumulate_hiding<DV>(grad_value, dropped, grad_output + part * V_COLUMNS);
         else
-            tile_accumulate<DV>(grad_value, dropped, grad_output, part * V_COLUMNS, spare);
+            tile_accumulate<DV>(grad_value, dropped, grad_output + part * V_COLUMNS, spare);
 #pragma unroll
         for (int c = 0; c < QUERIES / 8; c++)
 #pragma unroll
@@ -159,9 +159,9 @@ KERNEL(THREADS) attention_backward(const __grid_constant__ AttentionParams p)
                     }
             }
         if (hiding_queries)
-            tile_accumulate_hiding<D>(grad_key, grad, query, part * COLUMNS);
+            tile_accumulate_hiding<D>(grad_key, grad, query + part * COLUMNS);
         else
-            tile_accumulate<D>(grad_key, grad, query, part * COLUMNS, spare);
+            tile_accumulate<D>(grad_key, grad, query + part * COLUMNS, spare);
         __syncthreads(); // everyone is done with this tile
         if (STAGES == 1 && next >= 0)
             load_queries(next, 0);
@@ -169,7 +169,7 @@ KERNEL(THREADS) attention_backward(const __grid_constant__ AttentionParams p)
         t = next;
     }
 
-    const Real factor = (Real)(p.operand_scale * p.score_scale);
+    const Real factor = (Real)(p.score_scale);
     const int column = blockIdx.y * COLUMNS, v_column = blockIdx.y * V_COLUMNS;
 #pragma unroll
     for (int m = 0; m < M; m++)

@@ -17,6 +17,8 @@ KERNEL(THREADS) attention_backward_query(const __grid_constant__ AttentionParams
     Panel<ROWS> &panel = *(Panel<ROWS> *)carve(cursor, (sizeof(Panel<ROWS>) + 15) / 16 * 16);
     Stored *query = (Stored *)carve(cursor, ROWS * Tile<Stored, D>::ROW_BYTES);
     Stored *grad_output = (Stored *)carve(cursor, ROWS * Tile<Stored, DV>::ROW_BYTES);
+    const Stored *own_query = query + 16 * M * warp_index() * Tile<Stored, D>::ROW; // this warp's
+    const Stored *own_grad = grad_output + 16 * M * warp_index() * Tile<Stored, DV>::ROW;
     unsigned char *tiles = carve(cursor, STAGES * KEYS * ROW);
     const int first_row = 16 * M * warp_index();
     Real *spare = (Real *)(carve(cursor, SPARE ? ROWS * Tile<Real, KEYS>::ROW_BYTES : 0) +
@@ -30,7 +32,7 @@ KERNEL(THREADS) attention_backward_query(const __grid_constant__ AttentionParams
     const int64 total = p.heads / p.kv_heads * p.queries;
     const int64 blocks = (total + ROWS - 1) / ROWS, head = blockIdx.x / blocks;
     const int64 first = (blocks - 1 - blockIdx.x % blocks) * ROWS; // the last rows see most under a causal mask
-    const int64 n = head / p.kv_heads;
+    const int n = (int)(head / p.kv_heads);
     const int kv_head = (int)(head % p.kv_heads), rows = (int)min((int64)ROWS, total - first);
     const int column = blockIdx.y * COLUMNS; // of the gradient, where one block does not take all of them
     fill_panel<ROWS, THREADS>(p, panel, n, kv_head, first, rows);
@@ -71,11 +73,11 @@ KERNEL(THREADS) attention_backward_query(const __grid_constant__ AttentionParams
         const Stored *key = keys_of(stage), *value = values_of(stage);
         Real weights[M][KEYS / 8][4], slope[M][KEYS / 8][4], grad[M][KEYS / 8][4];
         clear(weights);
-        tile_scores<D>(weights, query, first_row, key);
+        tile_scores<D>(weights, own_query, key);
         const bool partial = mask_scores(p, panel, n, first_row, j, count, weights, slope);
         replay_rows(exponent, statistics, true, weights);
         clear(grad);
-        tile_scores<DV>(grad, grad_output, first_row, value);
+        tile_scores<DV>(grad, own_grad, value);
         if (MASKS == ANYTHING && p.grad_weights.data)
             add_grad_weights(p, panel, n, first_row, j, count, grad);
         if (DROPOUT)
@@ -83,9 +85,9 @@ KERNEL(THREADS) attention_backward_query(const __grid_constant__ AttentionParams
         score_gradients(statistics, weights, grad);
         softcap_gradients(p, slope, grad);
         if (partial && __syncthreads_or(any_infinite<D, THREADS>(key, KEYS)))
-            tile_accumulate_hiding<D>(grad_query, grad, key, column);
+            tile_accumulate_hiding<D>(grad_query, grad, key + column);
         else
-            tile_accumulate<D>(grad_query, grad, key, column, spare);
+            tile_accumulate<D>(grad_query, grad, key + column, spare);
         __syncthreads(); // everyone is done with this tile
         if (STAGES == 1 && next >= 0)
             load_keys(next, 0);
@@ -93,7 +95,7 @@ KERNEL(THREADS) attention_backward_query(const __grid_constant__ AttentionParams
         j = next;
     }
 
-    const Real factor = (Real)(p.operand_scale * p.score_scale);
+    const Real factor = (Real)(p.score_scale);
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll

@@ -55,7 +55,8 @@ KERNEL(THREADS) attention_decode(const __grid_constant__ AttentionParams p)
             load_rows<ALIGNED, DV, THREADS>((Stored *)(tile + KEYS * Tile<Stored, D>::ROW_BYTES), KEYS, p.value,
                                             (int)p.v_head_dim - column, [&](int r) {
                                                 return r < count && key_exists(p, n, j + r)
-                                                           ? element(p.value, n, kv_head, j + r) + column * p.value.column
+                                                           ? element(p.value, n, kv_head, j + r) +
+                                                                 column * p.value.column
                                                            : (int64)-1;
                                             });
         }
@@ -76,15 +77,15 @@ KERNEL(THREADS) attention_decode(const __grid_constant__ AttentionParams p)
         const Stored *value = key + KEYS * Tile<Stored, D>::ROW_BYTES / sizeof(Stored);
         Real s[M][KEYS / 8][4], slope[M][KEYS / 8][4];
         clear(s);
-        tile_scores<D>(s, query, 0, key);
+        tile_scores<D>(s, query, key);
         const bool partial = mask_scores(p, panel, n, 0, j, count, s, slope);
         softmax_absorb(exponent, s, maximum, sum, out);
         if (DROPOUT)
             drop_scores(p, panel, n, 0, j, s, draws);
         if (partial && __syncthreads_or(any_infinite<DV, THREADS>(value, KEYS)))
-            tile_accumulate_hiding<DV>(out, s, value, 0);
+            tile_accumulate_hiding<DV>(out, s, value);
         else
-            tile_accumulate<DV>(out, s, value, 0, spare);
+            tile_accumulate<DV>(out, s, value, spare);
         __syncthreads(); // the tile may be overwritten
     }
 

@@ -19,6 +19,7 @@ KERNEL(THREADS) attention_forward(const __grid_constant__ AttentionParams p)
     unsigned char *cursor = memory;
     Panel<ROWS> &panel = *(Panel<ROWS> *)carve(cursor, (sizeof(Panel<ROWS>) + 15) / 16 * 16);
     Stored *query = (Stored *)carve(cursor, ROWS * Tile<Stored, D>::ROW_BYTES);
+    const Stored *own_query = query + 16 * M * warp_index() * Tile<Stored, D>::ROW; // this warp's
     Stored *key = (Stored *)carve(cursor, KEYS * Tile<Stored, D>::ROW_BYTES);
     Stored *value = (Stored *)carve(cursor, KEYS * Tile<Stored, DV>::ROW_BYTES);
     const int first_row = 16 * M * warp_index();
@@ -29,23 +30,22 @@ KERNEL(THREADS) attention_forward(const __grid_constant__ AttentionParams p)
     const int64 total = p.heads / p.kv_heads * p.queries;
     const int64 blocks = (total + ROWS - 1) / ROWS, head = blockIdx.x / blocks;
     const int64 first = (blocks - 1 - blockIdx.x % blocks) * ROWS; // the last rows see most under a causal mask
-    const int64 n = head / p.kv_heads;
+    const int n = (int)(head / p.kv_heads);
     const int kv_head = (int)(head % p.kv_heads), rows = (int)min((int64)ROWS, total - first);
     const int column = blockIdx.y * DV; // of the output, where one block does not take all of them
-    const int64 key_start = element(p.key, n, kv_head, 0), value_start = element(p.value, n, kv_head, 0);
     fill_panel<ROWS, THREADS>(p, panel, n, kv_head, first, rows);
 
     const auto load_keys = [&](int j) {
         const int count = block_keys<KEYS>(p, j);
         load_rows<ALIGNED, D, THREADS>(key, KEYS, p.key, (int)p.head_dim, [&](int r) {
-            return r < count && key_exists(p, n, j + r) ? key_start + (int64)(j + r) * p.key.row : (int64)-1;
+            return r < count && key_exists(p, n, j + r) ? element(p.key, n, kv_head, j + r) : (int64)-1;
         });
         copy_async_commit();
     };
     const auto load_values = [&](int j) {
         const int count = block_keys<KEYS>(p, j);
         load_rows<ALIGNED, DV, THREADS>(value, KEYS, p.value, (int)p.v_head_dim - column, [&](int r) {
-            const int64 start = value_start + (int64)(j + r) * p.value.row + column * p.value.column;
+            const int64 start = element(p.value, n, kv_head, j + r) + column * p.value.column;
             return r < count && key_exists(p, n, j + r) ? start : (int64)-1;
         });
         copy_async_commit();
@@ -75,7 +75,7 @@ KERNEL(THREADS) attention_forward(const __grid_constant__ AttentionParams p)
         load_values(j);
         Real s[M][KEYS / 8][4], slope[M][KEYS / 8][4];
         clear(s);
-        tile_scores<D>(s, query, first_row, key);
+        tile_scores<D>(s, own_query, key);
         copy_async_wait<0>();
         __syncthreads(); // everyone's values, and everyone is done with the keys
         if (next >= 0)
@@ -85,9 +85,9 @@ KERNEL(THREADS) attention_forward(const __grid_constant__ AttentionParams p)
         if (DROPOUT)
             drop_scores(p, panel, n, first_row, j, s, draws);
         if (partial && __syncthreads_or(any_infinite<DV, THREADS>(value, KEYS)))
-            tile_accumulate_hiding<DV>(out, s, value, 0);
+            tile_accumulate_hiding<DV>(out, s, value);
         else
-            tile_accumulate<DV>(out, s, value, 0, spare);
+            tile_accumulate<DV>(out, s, value, spare);
         j = next;
     }
 

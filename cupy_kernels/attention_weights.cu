@@ -60,12 +60,12 @@ __device__ __forceinline__ void weights_tile(const AttentionParams &p, const Sha
     __syncthreads();
     Scores weights, slope;
     clear(weights);
-    tile_scores<D>(weights, shared.query, shared.first_row, shared.key);
+    tile_scores<D>(weights, shared.query + shared.first_row * Tile<Stored, D>::ROW, shared.key);
     mask_scores(p, panel, n, shared.first_row, j, count, weights, slope);
     replay_rows(exponent, rows, MODE != ROW_SCALE, weights);
     if (GRADIENT) {
         clear(x);
-        tile_scores<DV>(x, shared.grad_output, shared.first_row, shared.value);
+        tile_scores<DV>(x, shared.grad_output + shared.first_row * Tile<Stored, DV>::ROW, shared.value);
         if (MASKS == ANYTHING && p.grad_weights.data)
             add_grad_weights(p, panel, n, shared.first_row, j, count, x);
     } else {
@@ -126,8 +126,8 @@ __device__ __forceinline__ void sum_rows(const Shared &shared, Scores &sum)
 __device__ __forceinline__ void target_tile(const AttentionParams &p, const Shared &shared)
 {
     const Exponent exponent(p);
-    const int tiles = ((int)p.target_keys == own_keys(p) ? 0 : ((int)p.extra + KEYS - 1) / KEYS) +
-                      (own_keys(p) + KEYS - 1) / KEYS;
+    const int tiles =
+        ((int)p.target_keys == own_keys(p) ? 0 : ((int)p.extra + KEYS - 1) / KEYS) + (own_keys(p) + KEYS - 1) / KEYS;
     const int blocks = (int)((p.target_rows + ROWS - 1) / ROWS);
     int64 item = blockIdx.x;
     const int j = first_key(p, (int)(item % tiles));

@@ -145,7 +145,7 @@ __device__ __forceinline__ Real biased_score(const AttentionParams &p, int64 n, 
                                              Real &slope)
 {
     const Real none = -(Real)infinity();
-    s *= (Real)(p.operand_scale * p.score_scale);
+    s *= (Real)(p.score_scale);
     if (p.softcap != 0) {
         slope = (Real)tanh(s / (Real)p.softcap);
         s = slope * (Real)p.softcap;

@@ -15,8 +15,7 @@ struct Exponent {
     Real scale; // of the product
     Real both;  // times log2 e
     __device__ __forceinline__ explicit Exponent(const AttentionParams &p)
-        : scale(MASKS == ANYTHING ? (Real)1 : (Real)(p.operand_scale * p.score_scale)),
-          both((Real)(p.operand_scale * p.score_scale * 1.4426950408889634))
+        : scale(MASKS == ANYTHING ? (Real)1 : (Real)p.score_scale), both((Real)(p.score_scale * 1.4426950408889634))
     {
     }
     __device__ __forceinline__ Real score(Real s) const { return MASKS == ANYTHING ? s : s * scale; }

@@ -26,7 +26,7 @@ struct AttentionParams {
     int64 head_dim;
     int64 v_head_dim;
     int64 extra;
-    double operand_scale; // scores are multiplied by the product of both
+    double operand_scale; // 1: on the GPU every factor goes to the scores
     double score_scale;
     double softcap; // 0: none
     // arrays

@@ -40,7 +40,9 @@ __device__ __forceinline__ uint16 to_bfloat16(float x)
     return x != x ? 0x7fc0 : (uint16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-__device__ __forceinline__ uint32 shared_address(const void *p) { return (uint32)__cvta_generic_to_shared(p); }
+// Addresses within shared memory take one register, pointers two.
+typedef uint32 SharedAddress;
+__device__ __forceinline__ SharedAddress shared_address(const void *p) { return (uint32)__cvta_generic_to_shared(p); }
 
 #if __CUDA_ARCH__ >= 800
 
@@ -82,19 +84,19 @@ template <int PENDING> __device__ __forceinline__ void copy_async_wait()
 }
 
 // Four 8 x 8 matrices of 16-bit elements (rows of 16 bytes); lane l gives the address of row l % 8 of matrix l / 8.
-__device__ __forceinline__ void ldmatrix_x4(uint32 (&r)[4], const void *row)
+__device__ __forceinline__ void ldmatrix_x4(uint32 (&r)[4], SharedAddress row)
 {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
+                 : "r"(row)
                  : "memory");
 }
 
-__device__ __forceinline__ void ldmatrix_x4_trans(uint32 (&r)[4], const void *row)
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32 (&r)[4], SharedAddress row)
 {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(row))
+                 : "r"(row)
                  : "memory");
 }
 

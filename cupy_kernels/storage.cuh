@@ -52,6 +52,7 @@ __device__ __forceinline__ void load_rows(Stored *tile, int count, const TensorV
     const Stored *data = (const Stored *)x.data;
     if (ALIGNED) {
         constexpr int CHUNKS = COLUMNS / CHUNK;
+#pragma unroll 2
         for (int i = threadIdx.x; i < count * CHUNKS; i += THREADS) {
             const int r = i / CHUNKS, c = i % CHUNKS;
             const int64 from = start(r);

@@ -16,14 +16,30 @@ template <class T, int COLUMNS> struct Tile {
     static constexpr int CHUNKS = FILLED <= 2 ? FILLED : FILLED <= 4 ? 4 : (FILLED + 7) / 8 * 8; // of a row
     static constexpr int ROW_BYTES = CHUNKS * 16;
 
+    static constexpr int ROW = CHUNKS * CHUNK; // elements from row to row
+
+    static __device__ __forceinline__ int permuted(int row, int c)
+    {
+        return c ^ (CHUNKS >= 8 ? row & 7 : row * CHUNKS >> 3 & (CHUNKS - 1));
+    }
     static __device__ __forceinline__ T *chunk(T *tile, int row, int c)
     {
-        const int i = row * CHUNKS + c;
-        return tile + (CHUNKS >= 8 ? i ^ (row & 7) : i ^ (i >> 3 & (CHUNKS - 1))) * CHUNK;
+        return tile + row * ROW + permuted(row, c) * CHUNK;
     }
     static __device__ __forceinline__ T *at(T *tile, int row, int column)
     {
         return chunk(tile, row, column / CHUNK) + column % CHUNK;
+    }
+    // Where chunk fixed_c + c of row fixed_row + row lies, in bytes. The fixed parts are known to the compiler, fixed_row is
+    // a multiple of eight and no bit is set in both of the others: few addresses, and what is fixed is added by the
+    // instruction itself. With an address for each chunk the backward spills.
+    static __device__ __forceinline__ int offset(int fixed_row, int row, int fixed_c, int c)
+    {
+        return row * ROW_BYTES + (permuted(row, c) ^ (fixed_c & 7)) * 16 + fixed_row * ROW_BYTES + (fixed_c & ~7) * 16;
+    }
+    static __device__ __forceinline__ const T *chunk(const T *tile, int fixed_row, int row, int fixed_c, int c)
+    {
+        return (const T *)((const unsigned char *)tile + offset(fixed_row, row, fixed_c, c));
     }
     static __device__ __forceinline__ const T *chunk(const T *tile, int row, int c) { return chunk((T *)tile, row, c); }
     static __device__ __forceinline__ const T *at(const T *tile, int row, int column)
@@ -41,6 +57,18 @@ template <int M, int N> __device__ __forceinline__ void clear(Real (&x)[M][N][4]
 #pragma unroll
             for (int i = 0; i < 4; i++)
                 x[m][j][i] = 0;
+}
+
+struct __align__(2 * sizeof(Stored)) Pair {
+    Stored x[2];
+};
+
+// This lane's columns 8 j + 2 t and the next of a row; j is a constant.
+template <int COLUMNS> __device__ __forceinline__ Pair load_pair(const Stored *tile, int row, int j)
+{
+    typedef Tile<Stored, COLUMNS> Rows;
+    const int column = 2 * (lane_index() & 3);
+    return *(const Pair *)(Rows::chunk(tile, 0, row, 8 / Rows::CHUNK * j, column / Rows::CHUNK) + column % Rows::CHUNK);
 }
 
 #if MHA_TENSOR
@@ -132,7 +160,7 @@ __device__ __forceinline__ uint32 pack_two(float low, float high)
 }
 #endif
 
-// Rows `row` .. row + 16 of a tile, step k.
+// Rows `row` .. row + 16 of a tile, step k; both are constants.
 template <int COLUMNS> __device__ __forceinline__ Left load_left(const Stored *tile, int row, int k)
 {
     typedef Tile<Stored, COLUMNS> Rows;
@@ -141,16 +169,16 @@ template <int COLUMNS> __device__ __forceinline__ Left load_left(const Stored *t
     Left a;
 #pragma unroll
     for (int i = 0; i < 4; i++)
-        a.x[i] = *Rows::at(tile, row + (lane >> 2) + 8 * (i & 1), k * STEP + (lane & 3) + 4 * (i >> 1));
+        a.x[i] = Rows::chunk(tile, row + 8 * (i & 1), lane >> 2, 4 * k + 2 * (i >> 1), lane >> 1 & 1)[lane & 1];
     return a;
 #else
     uint32 x[4]; // a float is a pair of 16-bit elements to ldmatrix
-    ldmatrix_x4(x, Rows::chunk(tile, row + (lane & 15), 2 * k + (lane >> 4)));
+    ldmatrix_x4(x, shared_address(tile) + Rows::offset(row, lane & 15, 2 * k, lane >> 4));
     return left_of(x);
 #endif
 }
 
-// Step k of rows `row` .. row + 16 of a tile, as columns of the right operand: two of its pieces.
+// Step k of rows `row` .. row + 16 of a tile, as columns of the right operand: two of its pieces. Both are constants.
 template <int COLUMNS> __device__ __forceinline__ void load_rights(Right (&b)[2], const Stored *tile, int row, int k)
 {
     typedef Tile<Stored, COLUMNS> Rows;
@@ -160,25 +188,25 @@ template <int COLUMNS> __device__ __forceinline__ void load_rights(Right (&b)[2]
     for (int i = 0; i < 2; i++)
 #pragma unroll
         for (int h = 0; h < 2; h++)
-            b[i].x[h] = *Rows::at(tile, row + 8 * i + (lane >> 2), k * STEP + (lane & 3) + 4 * h);
+            b[i].x[h] = Rows::chunk(tile, row + 8 * i, lane >> 2, 4 * k + 2 * h, lane >> 1 & 1)[lane & 1];
 #else
     uint32 x[4];
-    ldmatrix_x4(x, Rows::chunk(tile, row + (lane & 7) + (lane >> 4 << 3), 2 * k + (lane >> 3 & 1)));
+    ldmatrix_x4(x, shared_address(tile) + Rows::offset(row, (lane & 7) + (lane >> 4 << 3), 2 * k, lane >> 3 & 1));
     b[0] = right_of(x[0], x[1]);
     b[1] = right_of(x[2], x[3]);
 #endif
 }
 
-// x += rows (from first_row on, of this warp) times the transposed rows of `tile`
+// x += 16 M rows, those of this warp, times the transposed rows of `tile`
 template <int COLUMNS, int M, int N>
-__device__ __forceinline__ void tile_scores(Real (&x)[M][N][4], const Stored *rows, int first_row, const Stored *tile)
+__device__ __forceinline__ void tile_scores(Real (&x)[M][N][4], const Stored *rows, const Stored *tile)
 {
 #pragma unroll(STORAGE == FLOAT64 ? 2 : COLUMNS / STEP) // doubles fetched ahead would spill
     for (int k = 0; k < COLUMNS / STEP; k++) {
         Left a[M];
 #pragma unroll
         for (int m = 0; m < M; m++)
-            a[m] = load_left<COLUMNS>(rows, first_row + 16 * m, k);
+            a[m] = load_left<COLUMNS>(rows, 16 * m, k);
 #pragma unroll
         for (int j = 0; j < N; j += 2) {
             Right b[2];
@@ -192,11 +220,10 @@ __device__ __forceinline__ void tile_scores(Real (&x)[M][N][4], const Stored *ro
     }
 }
 
-// out += p times `tile`, columns first_column ..; p lies in registers, its columns are the rows of the tile.
+// out += p times the first columns of `tile`; p lies in registers, its columns are the rows of the tile.
 #if MHA_STORAGE >= 2
 template <int COLUMNS, int M, int N, int C>
-__device__ __forceinline__ void tile_accumulate(Real (&out)[M][C][4], Real (&p)[M][N][4], const Stored *tile,
-                                                int first_column, Real *)
+__device__ __forceinline__ void tile_accumulate(Real (&out)[M][C][4], Real (&p)[M][N][4], const Stored *tile, Real *)
 {
     typedef Tile<Stored, COLUMNS> Rows;
     const int lane = lane_index();
@@ -213,7 +240,7 @@ __device__ __forceinline__ void tile_accumulate(Real (&out)[M][C][4], Real (&p)[
 #pragma unroll
         for (int j = 0; j < C; j += 2) {
             uint32 x[4];
-            ldmatrix_x4_trans(x, Rows::chunk(tile, 8 * k + (lane & 15), first_column / 8 + j + (lane >> 4)));
+            ldmatrix_x4_trans(x, shared_address(tile) + Rows::offset(8 * k, lane & 15, j, lane >> 4));
 #pragma unroll
             for (int m = 0; m < M; m++) {
                 multiply(out[m][j], a[m], right_of(x[0], x[1]));
@@ -226,8 +253,7 @@ __device__ __forceinline__ void tile_accumulate(Real (&out)[M][C][4], Real (&p)[
 // The order of the sum over the tile's rows is free, so the step takes them as the registers of p lie: 0, 2, 4, 6 and
 // then 1, 3, 5, 7. The sum over a tile is added to `out` at its end, which keeps the error of long sums small.
 template <int COLUMNS, int M, int N, int C>
-__device__ __forceinline__ void tile_accumulate(Real (&out)[M][C][4], Real (&p)[M][N][4], const Stored *tile,
-                                                int first_column, Real *)
+__device__ __forceinline__ void tile_accumulate(Real (&out)[M][C][4], Real (&p)[M][N][4], const Stored *tile, Real *)
 {
     typedef Tile<Stored, COLUMNS> Rows;
     const int g = lane_index() >> 2, t = lane_index() & 3;
@@ -237,8 +263,9 @@ __device__ __forceinline__ void tile_accumulate(Real (&out)[M][C][4], Real (&p)[
         clear(sum);
 #pragma unroll
         for (int k = 0; k < N; k++) {
-            const int column = first_column + 8 * j + g;
-            const Real b0 = *Rows::at(tile, 8 * k + 2 * t, column), b1 = *Rows::at(tile, 8 * k + 2 * t + 1, column);
+            constexpr int CHUNK = Rows::CHUNK; // columns 8 j + g of rows 8 k + 2 t and the next
+            const Real b0 = Rows::chunk(tile, 8 * k, 2 * t, 8 / CHUNK * j, g / CHUNK)[g % CHUNK];
+            const Real b1 = Rows::chunk(tile, 8 * k, 2 * t + 1, 8 / CHUNK * j, g / CHUNK)[g % CHUNK];
 #pragma unroll
             for (int m = 0; m < M; m++) {
 #if MHA_STORAGE == 1
@@ -264,30 +291,22 @@ __device__ __forceinline__ void tile_accumulate(Real (&out)[M][C][4], Real (&p)[
 
 #else // plain multiplications and additions: exact float32, and whatever has no matrix instructions
 
-template <int COLUMNS> __device__ __forceinline__ void load_chunk(Real (&x)[CHUNK], const Stored *tile, int row, int c)
+template <int COLUMNS>
+__device__ __forceinline__ void load_chunk(Real (&x)[CHUNK], const Stored *tile, int fixed_row, int row, int c)
 {
     struct __align__(16) Chunk {
         Stored x[CHUNK];
     };
-    const Chunk chunk = *(const Chunk *)Tile<Stored, COLUMNS>::chunk(tile, row, c);
+    const Chunk chunk =
+        *(const Chunk *)(Tile<Stored, COLUMNS>::chunk(tile, row, c) + fixed_row * Tile<Stored, COLUMNS>::ROW);
 #pragma unroll
     for (int i = 0; i < CHUNK; i++)
         x[i] = to_real(chunk.x[i]);
 }
 
-struct __align__(2 * sizeof(Stored)) Pair {
-    Stored x[2];
-};
-
-// Columns `column`, which is even, and the next.
-template <int COLUMNS> __device__ __forceinline__ Pair load_pair(const Stored *tile, int row, int column)
-{
-    return *(const Pair *)Tile<Stored, COLUMNS>::at(tile, row, column);
-}
-
-// x += rows (from first_row on, of this warp) times the transposed rows of `tile`
+// x += 16 M rows, those of this warp, times the transposed rows of `tile`
 template <int COLUMNS, int M, int N>
-__device__ __forceinline__ void tile_scores(Real (&x)[M][N][4], const Stored *rows, int first_row, const Stored *tile)
+__device__ __forceinline__ void tile_scores(Real (&x)[M][N][4], const Stored *rows, const Stored *tile)
 {
     const int g = lane_index() >> 2, t = lane_index() & 3;
 #pragma unroll 2
@@ -297,13 +316,13 @@ __device__ __forceinline__ void tile_scores(Real (&x)[M][N][4], const Stored *ro
         for (int m = 0; m < M; m++)
 #pragma unroll
             for (int h = 0; h < 2; h++)
-                load_chunk<COLUMNS>(a[m][h], rows, first_row + 16 * m + 8 * h + g, c);
+                load_chunk<COLUMNS>(a[m][h], rows, 16 * m + 8 * h, g, c);
 #pragma unroll
         for (int j = 0; j < N; j++)
 #pragma unroll
             for (int e = 0; e < 2; e++) {
                 Real b[CHUNK];
-                load_chunk<COLUMNS>(b, tile, 8 * j + 2 * t + e, c);
+                load_chunk<COLUMNS>(b, tile, 8 * j, 2 * t + e, c);
 #pragma unroll
                 for (int m = 0; m < M; m++)
 #pragma unroll
@@ -315,12 +334,12 @@ __device__ __forceinline__ void tile_scores(Real (&x)[M][N][4], const Stored *ro
     }
 }
 
-// out += p times `tile`, columns first_column ..; p lies in registers, its columns are the rows of the tile. Every lane
+// out += p times the first columns of `tile`; p lies in registers, its columns are the rows of the tile. Every lane
 // needs whole rows of p, so it takes the way through `spare`, shared memory of this warp: [16 M][8 N]. The sum over a
 // tile is added to `out` at its end, which keeps the error of long sums small.
 template <int COLUMNS, int M, int N, int C>
 __device__ __forceinline__ void tile_accumulate(Real (&out)[M][C][4], Real (&p)[M][N][4], const Stored *tile,
-                                                int first_column, Real *spare)
+                                                Real *spare)
 {
     typedef Tile<Real, 8 * N> Weights;
     constexpr int WIDE = Weights::CHUNK, GROUP = C % 4 == 0 ? 4 : C % 2 == 0 ? 2 : 1;
@@ -353,7 +372,7 @@ __device__ __forceinline__ void tile_accumulate(Real (&out)[M][C][4], Real (&p)[
             for (int i = 0; i < WIDE; i++)
 #pragma unroll
                 for (int j = 0; j < GROUP; j++) {
-                    const Pair b = load_pair<COLUMNS>(tile, k + i, first_column + 8 * (first + j) + 2 * t);
+                    const Pair b = load_pair<COLUMNS>(tile, k + i, first + j);
 #pragma unroll
                     for (int m = 0; m < M; m++)
 #pragma unroll
@@ -378,10 +397,9 @@ __device__ __forceinline__ void tile_accumulate(Real (&out)[M][C][4], Real (&p)[
 // As tile_accumulate, but an element of the tile counts only where p is not 0: what a row does not see does not reach it,
 // NaN and inf included. Slow; for tiles that hold such values and are not seen by all rows alike.
 template <int COLUMNS, int M, int N, int C>
-__device__ __forceinline__ void tile_accumulate_hiding(Real (&out)[M][C][4], Real (&p)[M][N][4], const Stored *tile,
-                                                       int first_column)
+__device__ __forceinline__ void tile_accumulate_hiding(Real (&out)[M][C][4], Real (&p)[M][N][4], const Stored *tile)
 {
-    const int lane = lane_index(), t = lane & 3;
+    const int lane = lane_index();
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
@@ -396,13 +414,13 @@ __device__ __forceinline__ void tile_accumulate_hiding(Real (&out)[M][C][4], Rea
                         mine = 8 * j + e == (k & ~6) ? p[m][j][2 * h + e] : mine;
                 const Real weight = __shfl_sync(0xffffffff, mine, (lane & ~3) | (k & 7) >> 1);
 #pragma unroll
-                for (int j = 0; j < C; j++)
+                for (int j = 0; j < C; j++) {
+                    const Pair b = load_pair<COLUMNS>(tile, k, j);
 #pragma unroll
-                    for (int e = 0; e < 2; e++) {
-                        const Real b = to_real(*Tile<Stored, COLUMNS>::at(tile, k, first_column + 8 * j + 2 * t + e));
+                    for (int e = 0; e < 2; e++)
                         if (weight != 0)
-                            out[m][j][2 * h + e] += weight * b;
-                    }
+                            out[m][j][2 * h + e] += weight * to_real(b.x[e]);
+                }
             }
 }
 

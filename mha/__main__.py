@@ -10,7 +10,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m mha", description="Fused multi-head attention for NumPy arrays.")
     commands = parser.add_subparsers(dest="command", required=True)
-    info = commands.add_parser("info", help="versions, instruction sets, OpenMP and threads")
+    info = commands.add_parser("info", help="versions, threads, and the kernels of both backends")
     info.add_argument("--json", action="store_true", help="as JSON")
     commands.add_parser("demo", help="a trained vision transformer on NumPy arrays", add_help=False)
     options, rest = parser.parse_known_args(argv)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from mha import masks
 from mha.dispatch import backend_for
+from mha.exchange import in_kind
 from mha.mask_checks import Window
 from mha.optional import array_module
 from mha.problem import AttentionProblem, Dropout, RowStatistics, checked_probability, shapes_of, usable
@@ -28,6 +29,7 @@ class AttentionGradients(NamedTuple):
     attn_mask: Array | None
 
 
+@in_kind
 def scaled_dot_product_attention(
     query: Array,
     key: Array,
@@ -97,7 +99,8 @@ def scaled_dot_product_attention(
     Notes
     -----
     After ``torch.nn.functional.scaled_dot_product_attention``; the algorithm is that of FlashAttention (Dao et al.,
-    2022). A key hidden from a query leaks nothing to it, NaN and inf included.
+    2022). A key hidden from a query leaks nothing to it, NaN and inf included. Arrays that export DLPack (PyTorch, JAX)
+    are taken without a copy and answered in kind.
     """
     problem = _problem(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, softcap,
                        causal_offset, key_lengths, query_lengths, _drawn(dropout_p, dropout_state))  # fmt: skip
@@ -110,6 +113,7 @@ def scaled_dot_product_attention(
     return (output, lse) if return_lse else output
 
 
+@in_kind
 def scaled_dot_product_attention_backward(
     grad_output: Array,
     query: Array,

@@ -44,7 +44,24 @@ def backend_of(*arrays: Any) -> Any:
     RuntimeError
         If ``MHA_BACKEND`` names no backend.
     """
-    library = array_module(*arrays).__name__
+    return _backend(array_module(*arrays).__name__)
+
+
+def checked_library(library: ModuleType) -> ModuleType:
+    """The library itself, if arrays of it can be made and computed on here.
+
+    Raises
+    ------
+    TypeError
+        If nothing here computes on its arrays.
+    RuntimeError
+        If it finds no device, or none that the kernels run on; or if ``MHA_BACKEND`` names no backend.
+    """
+    _backend(library.__name__).check(library)
+    return library
+
+
+def _backend(library: str) -> Any:
     forced = os.environ.get("MHA_BACKEND")
     if forced:
         if forced not in _BY_NAME:
@@ -68,7 +85,8 @@ def backend_for(problem: AttentionProblem) -> Any:
     backend = backend_of(problem.query)
     reasons = backend.unsupported_reasons(problem)
     if reasons:
-        raise RuntimeError(f"the {backend.NAME} backend cannot run this: {'; '.join(reasons)}. Unset MHA_BACKEND.")
+        hint = "Unset MHA_BACKEND" if os.environ.get("MHA_BACKEND") else "Move the arrays to NumPy"
+        raise RuntimeError(f"the {backend.NAME} backend cannot run this: {'; '.join(reasons)}. {hint}.")
     return backend
 
 

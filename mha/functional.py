@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 
 from mha.core import scaled_dot_product_attention, scaled_dot_product_attention_backward
+from mha.exchange import in_kind
 from mha.mask_checks import Window
 from mha.packed_call import PackedCall
 
@@ -50,6 +51,7 @@ class MultiHeadAttentionGradients(NamedTuple):
     attn_mask: Array | None
 
 
+@in_kind
 def multi_head_attention(
     query: Array,
     key: Array,
@@ -147,7 +149,8 @@ def multi_head_attention(
     -----
     After MegEngine 1.13's ``functional.nn.multi_head_attention``, whose parameter order and vector layout it keeps.
     What MegEngine refuses or ignores works: bias_k, bias_v, add_zero_attn, reslink, unbatched inputs, a causal flag
-    without or beside masks, cuDNN-style masks, no keys.
+    without or beside masks, cuDNN-style masks, no keys. Arrays that export DLPack (PyTorch, JAX) are taken without a
+    copy and answered in kind.
     """
     options = dict(locals())
     call = PackedCall.build(**{name: options[name] for name in PackedCall.PARAMETERS})
@@ -156,6 +159,7 @@ def multi_head_attention(
     return MultiHeadAttentionResult(output, weights, *reserve)
 
 
+@in_kind
 def multi_head_attention_backward(
     grad_attn_output: Array,
     result: MultiHeadAttentionResult,

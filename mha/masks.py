@@ -49,6 +49,17 @@ class MaskSpec:
     #: Appended keys behind the S above: every query that is not past its query length sees them.
     extra: int = 0
 
+    def may_leave_out(self, queries: int, keys: int) -> bool:
+        """Whether there may be a query that sees none of `keys`, or one of them that no query sees."""
+        given = (self.row_ranges, self.key_lengths, self.query_lengths, self.key_keep, self.key_bias, self.pair_keep,
+                 self.pair_bias)  # fmt: skip
+        if any(x is not None for x in given) or not isinstance(self.offset, int) or 0 in (queries, keys):
+            return True
+        first, last = self.offset, queries - 1 + self.offset
+        if self.right >= 0 and (first + self.right < 0 or last + self.right < keys - 1):
+            return True
+        return self.left >= 0 and (first - self.left > 0 or last - self.left > keys - 1)
+
 
 def for_multi_head_attention(
     attn_mask: Array | None,
@@ -93,7 +104,7 @@ def for_multi_head_attention(
     TypeError
         For a mask that is no array of `xp` or has a wrong dtype, or a non-integer window, offset or length.
     ValueError
-        For a wrong shape, and for values out of range.
+        For a wrong shape, and for values out of range unless the arrays are a device's: kernels clamp them.
     """
     sizes = Sizes((batch,), heads, queries, keys)
     left, right = check.reach(window, is_causal)
@@ -254,7 +265,7 @@ def _cudnn_masks(rows: Any, samples: Any, sizes: Sizes, xp: ModuleType) -> dict[
     ranges = check.integers("attn_mask", rows, (2, sizes.queries), "(2, L)", sizes, xp)
     samples = check.integers("key_padding_mask", samples, (2, sizes.batch), "(2, N)", sizes, xp)
     low, high = ranges
-    if bool(((low < 0) | (low > high) | (high > sizes.keys)).any()):
+    if check.at_hand(xp) and bool(((low < 0) | (low > high) | (high > sizes.keys)).any()):
         raise ValueError(
             f"attn_mask of shape {ranges.shape} holds a range that is not 0 <= first <= end <= S = {sizes.keys}. "
             "Its rows are the first key of each query and the end, exclusive."

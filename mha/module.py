@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from mha import convert
-from mha.dispatch import backend_of
+from mha.dispatch import backend_of, checked_library
+from mha.exchange import in_kind
 from mha.front import LatestCall
 from mha.functional import MultiHeadAttentionGradients
 from mha.matrix import rows_of
@@ -92,7 +93,7 @@ class MultiHeadAttention:
         self.attn_dropout = checked_probability("attn_dropout", attn_dropout)
         self.out_dropout = checked_probability("out_dropout", out_dropout)
         self.bias, self.add_bias_kv, self.add_zero_attn = bool(bias), bool(add_bias_kv), bool(add_zero_attn)
-        self.scale, self.dtype, self.xp = scale, np.dtype(dtype), xp
+        self.scale, self.dtype, self.xp = scale, np.dtype(dtype), checked_library(xp)
         self.training = True
         self._latest = LatestCall()
         self._frozen = False
@@ -112,6 +113,7 @@ class MultiHeadAttention:
             rows = (xp.asarray(xavier_uniform(rng, *shape)).astype(self.dtype) for shape in shapes)
             self.bias_k, self.bias_v = rows
 
+    @in_kind
     def __call__(
         self,
         query: Array,
@@ -148,6 +150,7 @@ class MultiHeadAttention:
         self._latest.keep(call if self.training else None)
         return result
 
+    @in_kind
     def backward(
         self, grad_attn_output: Array, grad_attn_output_weights: Array | None = None
     ) -> MultiHeadAttentionGradients:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 from numpy.typing import NDArray
 
 from mha import reference
+from mha.explanation import Explanation, Pass, described
 from mha.matrix import Matrix
 from mha.optional import array_module
 from mha.problem import COMPUTING, AttentionProblem, Dropout, Norm, RowStatistics
@@ -20,6 +23,20 @@ NAME = "reference"
 def unsupported_reasons(problem: AttentionProblem) -> list[str]:
     """It runs everything."""
     return []
+
+
+def check(library: ModuleType) -> None:
+    """It runs wherever the arrays are."""
+
+
+def explain(problem: AttentionProblem) -> Explanation:
+    """No kernel, and buffers of L x S: the scores and what is made of them."""
+    p = problem
+    rows, size = p.batch * p.heads * p.queries * p.computing.itemsize, p.batch * p.dtype.itemsize
+    results = size * p.heads * p.queries * p.v_head_dim + rows
+    gradients = size * sum(math.prod(x.shape[-3:]) for x in (p.query, p.key, p.value))
+    passes = Pass((), results, rows * p.keys), Pass((), gradients, 2 * rows * p.keys)
+    return Explanation(NAME, f"{p.xp.__name__}'s own operations", described(p), *passes)
 
 
 def attention_forward(problem: AttentionProblem, heads_last: bool = False) -> tuple[Array, Array, RowStatistics]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from devices import Device
 from recorded_megengine import DECIDED, NAMES, Recorded, cases
 
 import mha
@@ -61,12 +62,11 @@ def test_every_recorded_case_is_in_one_of_the_tests() -> None:
     assert sorted([*cases(True), *cases(False), *DECIDED]) == NAMES
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("name", cases(drops=False))
-def test_equals_megengine(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MHA_BACKEND", backend)
+def test_equals_megengine(name: str, place: Device) -> None:
     case = Recorded(name)
-    check(case, *run(case))
+    case.inputs = place.put(case.inputs)
+    check(case, *place.get(run(case)))
 
 
 @pytest.mark.parametrize("name", cases(drops=True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -305,3 +307,18 @@ def test_cudnn_style_refusals(rows, samples, error, words):
 def test_number_refusals(options, error, words):
     with pytest.raises(error, match=words):
         product(**options)
+
+
+def test_whether_windows_leave_a_position_out() -> None:
+    """Against the mask written out, for every window and offset of small sizes."""
+    seen = set()
+    for queries, keys in itertools.product((1, 2, 4), repeat=2):
+        for left, right, offset in itertools.product((-1, 0, 1, 3), (-1, 0, 2), (-3, -1, 0, 1, 4)):
+            spec = MaskSpec(left=left, right=right, offset=offset)
+            seen_by, _ = materialise(spec, (), 1, queries, keys)
+            complete = seen_by.any(axis=-1).all() and seen_by.any(axis=-2).all()
+            assert spec.may_leave_out(queries, keys) == (not complete), (queries, keys, spec)
+            seen.add(bool(complete))
+    assert seen == {True, False}
+    assert MaskSpec(query_lengths=np.array([2])).may_leave_out(2, 2)
+    assert MaskSpec().may_leave_out(0, 2)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from mha.dispatch import checked_library
 from mha.front import LatestCall
 from mha.optional import as_array, dtype_named, library_named, library_of_device
 
@@ -53,7 +54,7 @@ class FrontEndModule:
     _latest: LatestCall
 
     def _start(self, device: Any, dtype: Any, training: bool = True) -> None:
-        self._xp, self._dtype = library_of_device(device), dtype_named(dtype)
+        self._xp, self._dtype = checked_library(library_of_device(device)), dtype_named(dtype)
         self._latest = LatestCall()
         self.training = training
 

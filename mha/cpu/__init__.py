@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mha.cpu import launch, load
+from mha.cpu import launch
+from mha.cpu.describe import check as check
+from mha.cpu.describe import explain as explain
 from mha.cpu.plan import (
     AttentionPlan,
     Facts,
@@ -19,7 +21,6 @@ from mha.cpu.plan import (
     plan_rows,
     turn_round,
 )
-from mha.cpu.threads import get_num_threads
 from mha.matrix import Matrix
 from mha.problem import COMPUTING, AttentionProblem, Dropout, Norm, RowStatistics
 
@@ -56,7 +57,7 @@ def attention_forward(problem: AttentionProblem, heads_last: bool = False) -> tu
     rows = RowStatistics(np.empty_like(lse), np.empty_like(lse))
     if not lse.size:
         return output, lse, rows
-    facts = _facts(p.computing)
+    facts = launch.facts(p.computing)
     plan = plan_forward(p.sizes, facts)
     block = launch.attention(p, facts.kernels)
     launch.follow(block, plan)
@@ -77,7 +78,7 @@ def attention_weights(problem: AttentionProblem, rows: RowStatistics, average: b
     weights = np.zeros((*p.batch_shape, heads, p.queries, p.keys), p.dtype)
     if not weights.size or not p.heads:
         return weights[..., 0, :, :] if average else weights
-    facts = _facts(p.computing)
+    facts = launch.facts(p.computing)
     block = launch.attention(p, facts.kernels)
     _statistics(block, p, rows, facts)
     block.view("target", weights, p.batch_shape)
@@ -112,7 +113,7 @@ def attention_backward(
     if not p.batch * p.heads:
         zeros = [np.zeros((*p.batch_shape, *x.shape[-3:]), p.dtype) for x in (p.query, p.key, p.value)]
         return zeros[0], zeros[1], zeros[2], [np.zeros(shape, p.computing) for shape in mask_shapes]
-    facts = _facts(p.computing)
+    facts = launch.facts(p.computing)
     block = launch.attention(p, facts.kernels)
     delta = np.empty((*p.batch_shape, p.heads, p.queries), p.computing)
     _statistics(block, p, rows, facts)
@@ -171,7 +172,7 @@ def product(left: Matrix, right: Matrix | launch.PackedMatrix, out: Matrix, bias
     (m, k), n = left.shape, right.shape[1]
     if m == 0 or n == 0:
         return
-    facts = _facts(computing)
+    facts = launch.facts(computing)
     if isinstance(right, launch.PackedMatrix):
         if right.kernels is facts.kernels:
             launch.product(left, right, out, bias, plan_product(m, n, k, False, facts), facts)
@@ -198,7 +199,7 @@ def _contiguous(matrix: Matrix, axes: tuple[int, ...]) -> bool:
 
 def pack(right: Matrix) -> launch.PackedMatrix:
     """The right operand of many products, laid out for them once."""
-    facts = _facts(COMPUTING[right.array.dtype])
+    facts = launch.facts(COMPUTING[right.array.dtype])
     return launch.pack(right, plan_product(1024, right.shape[1], right.shape[0], False, facts), facts)
 
 
@@ -210,7 +211,7 @@ def residual_norm(
     output = np.empty(x.shape, x.dtype)
     total = output if norm is None else x if plain else np.empty(x.shape, x.dtype)
     if x.size:
-        facts = _facts(COMPUTING[x.dtype])
+        facts = launch.facts(COMPUTING[x.dtype])
         arrays = {"x": x, "residual": residual, "output": output, "total": None if norm is None or plain else total}
         plan = plan_residual_norm(x.shape[0] * x.shape[1], x.shape[2], facts)
         launch.residual_norm("residual_norm", arrays, None, dropout, norm, plan, facts)
@@ -226,16 +227,11 @@ def residual_norm_backward(
     of_x = of_total if dropout is None else np.empty(total.shape, total.dtype)
     sums = np.zeros(total.shape[2], computing), np.zeros(total.shape[2], computing)
     if total.size:
-        facts = _facts(computing)
+        facts = launch.facts(computing)
         arrays = {"total": total, "output": grad_output, "residual": of_total, "x": None if dropout is None else of_x}
         plan = plan_residual_norm(total.shape[0] * total.shape[1], total.shape[2], facts)
         launch.residual_norm("residual_norm_backward", arrays, sums, dropout, norm, plan, facts)
     return of_total, of_x, *sums
-
-
-def _facts(computing: np.dtype[Any]) -> Facts:
-    kernels = load.kernels(load.chosen_level())
-    return Facts(kernels.VECTOR_BYTES // computing.itemsize, computing.itemsize, get_num_threads(), kernels)
 
 
 def _run(block: launch.Launch, plan: AttentionPlan) -> None:

@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mha.block import Block, element_strides, fill_attention, fill_norm
+from mha.cpu import load
 from mha.cpu.plan import AttentionPlan, Facts, ProductPlan, RowsPlan
+from mha.cpu.threads import get_num_threads
 from mha.matrix import Matrix
 from mha.params import ATTENTION, NORM, PRODUCT, STORAGE, Table
 from mha.problem import COMPUTING, AttentionProblem, Dropout, Norm
@@ -84,6 +86,12 @@ def _aligned(size: int) -> tuple[Array, int]:
     """Memory, and the address of its first cache line."""
     memory = np.empty(size + _LINE, np.uint8)
     return memory, (int(memory.ctypes.data) + _LINE - 1) // _LINE * _LINE
+
+
+def facts(computing: np.dtype[Any]) -> Facts:
+    """The chosen kernels, and what plans depend on with them."""
+    kernels = load.kernels(load.chosen_level())
+    return Facts(kernels.VECTOR_BYTES // computing.itemsize, computing.itemsize, get_num_threads(), kernels)
 
 
 def attention(problem: AttentionProblem, kernels: ModuleType) -> Launch:

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mha.gpu import launch, runtime
+from mha.gpu.describe import check as check
+from mha.gpu.describe import explain as explain
 from mha.gpu.plan import (
     AVERAGE,
     DELTA,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +18,39 @@ if TYPE_CHECKING:
     from mha.gpu.runtime import Source
 
 
+#: NVRTC fails when two threads make it load its own libraries at the same time.
+_lock = threading.Lock()
+
+
+def first_line(error: Exception) -> str:
+    """What an error says in its first line, without its full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 def cache_folder() -> Path:
     """Where compiled kernels are kept: ``MHA_CACHE_DIR``, or mha in the user's cache folder."""
     own = os.environ.get("MHA_CACHE_DIR")
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(own) if own else Path(base) / "mha"
+
+
+def compiler() -> Any:
+    """CuPy's binding of NVRTC.
+
+    Raises
+    ------
+    RuntimeError
+        If the library cannot be loaded.
+    """
+    try:
+        nvrtc = library_named("cupy.cuda").nvrtc
+        nvrtc.getVersion()
+    except Exception as error:  # the loader's, of several kinds
+        raise RuntimeError(
+            f"NVRTC, which compiles the GPU kernels, cannot be loaded: {first_line(error)}. Install it: pip install "
+            "nvidia-cuda-nvrtc (nvidia-cuda-nvrtc-cu12 for CUDA 12)."
+        ) from None
+    return nvrtc
 
 
 def options(source: Source, capability: int) -> tuple[str, ...]:
@@ -40,7 +69,7 @@ def compiled(source: Source, capability: int, *more: str) -> tuple[bytes, str]:
     RuntimeError
         With the compiler's messages.
     """
-    nvrtc: Any = library_named("cupy.cuda").nvrtc
+    nvrtc = compiler()
     files = dict(source.files)
     name = f"{source.stem}.cu"
     headers = [header for header in files if header != name]
@@ -62,13 +91,14 @@ def compiled(source: Source, capability: int, *more: str) -> tuple[bytes, str]:
 
 def cubin(source: Source, capability: int) -> Path:
     """The file with the machine code, compiled unless it is there already."""
-    nvrtc: Any = library_named("cupy.cuda").nvrtc
+    nvrtc = compiler()
     key = hashlib.sha256(repr((nvrtc.getVersion(), options(source, capability), source)).encode()).hexdigest()
     folder = cache_folder()
     path = folder / f"{source.entry}_{key[:32]}.cubin"
     if path.exists():
         return path
-    code, _ = compiled(source, capability)
+    with _lock:
+        code, _ = compiled(source, capability)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         return _written(code, folder, path)

@@ -42,6 +42,8 @@ def attention(problem: AttentionProblem, runtime: Runtime) -> Launch:
     """The part of the block that every attention kernel reads."""
     launch = Launch(ATTENTION, runtime, problem.computing)
     fill_attention(launch, problem)
+    # Operands go to the matrix instructions as they lie in memory.
+    launch.set(operand_scale=1.0, score_scale=problem.scale)
     return launch
 
 

@@ -56,8 +56,8 @@ def _forward_tiles(sizes: Sizes, traits: Traits) -> Tiles:
     d, dv = round_up(sizes.head_dim, 16), round_up(sizes.v_head_dim, 16)
     widest, narrow = max(d, dv), traits.itemsize == 2
     if traits.real == 8:
-        most = 64 if traits.dropout and widest > 64 else 128
-        return _of(d, dv, MOST_COLUMNS, most, 1, 4, 32 if widest <= 64 else 16)
+        # 128 columns spill 8 to 24 bytes in some specialisations.
+        return _of(d, dv, MOST_COLUMNS, 64, 1, 4, 32 if widest <= 64 else 16)
     most = 256 if traits.tensor else 128
     if widest > 128:
         return _of(d, dv, MOST_COLUMNS, most, 1, 8 if narrow else 4, 32)
@@ -65,12 +65,12 @@ def _forward_tiles(sizes: Sizes, traits: Traits) -> Tiles:
         return _of(d, dv, MOST_COLUMNS, most, 1, 4, 64 if widest <= 64 else 32)
     if traits.dropout and widest > 64:
         return _of(d, dv, MOST_COLUMNS, most, 1, 8 if narrow else 4, 64 if narrow else 32)
-    return _of(d, dv, MOST_COLUMNS, most, 2, 4, 64 if widest <= 64 or narrow else 32)
+    return _of(d, dv, MOST_COLUMNS, most, 2, 4, 64 if widest <= 64 else 48 if narrow else 32)
 
 
 def _plan_decode(sizes: Sizes, traits: Traits, facts: DeviceFacts) -> list[KernelPlan]:
     d, dv = round_up(sizes.head_dim, 16), round_up(sizes.v_head_dim, 16)
-    most = 128 if traits.real == 8 or not traits.tensor else 256
+    most = 64 if traits.real == 8 else 256 if traits.tensor else 128
     wide = max(d, dv) * traits.itemsize > 256
     tiles = replace(_of(d, dv, MOST_COLUMNS, most, 1, 1, 32 if wide else 64), stages=2 if wide else 3)
     tiles = _tiles("attention_decode", tiles, sizes.rows, sizes.keys, traits, facts)
@@ -104,30 +104,30 @@ def plan_backward(sizes: Sizes, traits: Traits, facts: DeviceFacts) -> list[Kern
 
 def _backward_tiles(sizes: Sizes, traits: Traits) -> Tiles:
     widest, narrow = max(sizes.head_dim, sizes.v_head_dim), traits.itemsize == 2
-    most = 64 if traits.real == 8 else 128
+    more_kept = traits.masks == ANYTHING or traits.dropout
+    most = 128 if traits.real == 4 else 32 if traits.masks or more_kept or widest > 128 else 64
     parts = -(-widest // most)
-    d, dv = round_up(sizes.head_dim, 16 * parts), round_up(sizes.v_head_dim, 16 * parts)
-    if traits.real == 8:
-        row_tiles, warps, queries = 1, 4, 16
-    elif widest <= 64 and traits.masks != ANYTHING and not traits.dropout:
-        row_tiles, warps, queries = 2, 4, 32
+    columns, v_columns = (_columns(n, parts, traits) for n in (sizes.head_dim, sizes.v_head_dim))
+    warps = 8 if narrow else 4
+    if widest <= 64:
+        queries = 16 if traits.real == 8 else 32 if more_kept or not narrow else 64
     else:
-        row_tiles, warps, queries = 1, 8 if narrow else 4, 32 if narrow else 16
-    return Tiles(row_tiles, warps, queries, d, dv, d // parts, dv // parts, stages=2)
+        queries = 32 if narrow and traits.masks != ANYTHING else 16
+    return Tiles(1, warps, queries, parts * columns, parts * v_columns, columns, v_columns, stages=2)
 
 
 def _plan_backward_query(sizes: Sizes, traits: Traits, facts: DeviceFacts) -> KernelPlan:
     kernel = "attention_backward_query"
     most = 64 if traits.real == 8 else 256 if traits.tensor else 128
     parts = -(-sizes.head_dim // most)
-    d, dv = round_up(sizes.head_dim, 16 * parts), round_up(sizes.v_head_dim, 16)
+    columns, dv = _columns(sizes.head_dim, parts, traits), round_up(sizes.v_head_dim, 16)
     if traits.real == 8:
         row_tiles, warps, keys = 1, 4, 16
-    elif d // parts <= 64 and traits.masks != ANYTHING and not traits.dropout:
+    elif columns <= 64 and traits.masks != ANYTHING and not traits.dropout:
         row_tiles, warps, keys = 2, 4, 32
     else:
-        row_tiles, warps, keys = 1, 8 if traits.itemsize == 2 else 4, 32
-    tiles = Tiles(row_tiles, warps, keys, d, dv, d // parts, dv, stages=2)
+        row_tiles, warps, keys = 1, 8 if traits.itemsize == 2 else 4, 16 if columns > 128 else 32
+    tiles = Tiles(row_tiles, warps, keys, parts * columns, dv, columns, dv, stages=2)
     tiles = _tiles(kernel, tiles, sizes.rows, sizes.keys, traits, facts)
     blocks = sizes.batch * sizes.kv_heads * -(-sizes.rows // tiles.rows)
     why = f"{blocks} blocks of {tiles.rows} query rows, {tiles.keys} keys at a time"
@@ -149,7 +149,8 @@ def plan_weights(
     if mode == ROW_SCALE:
         traits = traits._replace(dropout=False)
     d, dv = round_up(sizes.head_dim, 16), round_up(sizes.v_head_dim, 16)
-    tiles = Tiles(1, 4, 64 if traits.real == 4 and mode != MASK_GRADIENT else 32, d, dv, d, dv)
+    narrow_tile = traits.real == 8 or traits.masks == ANYTHING or mode == MASK_GRADIENT
+    tiles = Tiles(1, 4, (16 if d > 128 else 32) if narrow_tile else 64, d, dv, d, dv)
     tiles = _tiles(kernel, tiles, sizes.queries, sizes.keys, traits, facts)
     batch, heads, rows, keys = target
     own = sizes.keys - sizes.extra
@@ -161,6 +162,11 @@ def plan_weights(
     why = f"{items} parts of {tiles.rows} rows and {tiles.keys} keys"
     plan = _plan(kernel, tiles, traits, items, 1, why, MHA_MODE=mode)
     return replace(plan, kernel="attention_weights", stem="attention_weights")
+
+
+def _columns(n: int, parts: int, traits: Traits) -> int:
+    """Columns of one part: several begin at multiples of 128 bytes, where the order of a row's chunks repeats."""
+    return round_up(n, 16) if parts == 1 else round_up(-(-n // parts), 128 // traits.itemsize)
 
 
 def _of(d: int, dv: int, most: int, v_most: int, row_tiles: int, warps: int, keys: int) -> Tiles:

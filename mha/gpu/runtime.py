@@ -70,11 +70,22 @@ class Runtime(Protocol):
         """Run a kernel with the parameter block, on the current stream; nothing waits."""
 
 
+#: The first release for NumPy 2.
+_OLDEST_CUPY = 13
+#: Turing's 7.5; NVRTC 13 compiles for nothing older.
+_LEAST_CAPABILITY = 75
+
+
 class _Cupy:
-    """CuPy: its arrays, its current stream."""
+    """CuPy: its arrays, its current stream. RuntimeError for one that is too old."""
 
     def __init__(self) -> None:
         self.xp = library_named("cupy")
+        version = self.xp.__version__
+        if int(version.partition(".")[0]) < _OLDEST_CUPY:
+            raise RuntimeError(
+                f"CuPy {version} is older than {_OLDEST_CUPY}.0, which the GPU kernels need. Upgrade it."
+            )
         self._facts: dict[int, DeviceFacts] = {}
 
     def device(self) -> int:
@@ -82,15 +93,56 @@ class _Cupy:
         return int(self.xp.cuda.runtime.getDevice())
 
     def facts(self) -> DeviceFacts:
-        """Of the current device."""
-        device = self.device()
-        if device not in self._facts:
-            found = self.xp.cuda.runtime.getDeviceProperties(device)
-            self._facts[device] = DeviceFacts(
-                found["name"].decode(), 10 * found["major"] + found["minor"], found["multiProcessorCount"],
-                found["sharedMemPerBlockOptin"],
-            )  # fmt: skip
+        """Of the current device.
+
+        Raises
+        ------
+        RuntimeError
+            If there is no device or driver, or the device is too old.
+        """
+        found = self.found()
+        if found.capability < _LEAST_CAPABILITY:
+            raise RuntimeError(
+                f"{found.name} has compute capability {found.capability / 10}; the GPU kernels need "
+                f"{_LEAST_CAPABILITY / 10} (Turing) or later. Use NumPy arrays on this machine."
+            )
+        return found
+
+    def found(self) -> DeviceFacts:
+        """Of the current device, even of one too old; RuntimeError as `facts` for the rest."""
+        try:
+            device = self.device()
+            if device not in self._facts:
+                self._facts[device] = self._read(device)
+        except Exception as error:  # CuPy's own, of several kinds
+            raise RuntimeError(self._why_no_device(error)) from None
         return self._facts[device]
+
+    def _read(self, device: int) -> DeviceFacts:
+        found = self.xp.cuda.runtime.getDeviceProperties(device)
+        return DeviceFacts(
+            found["name"].decode(), 10 * found["major"] + found["minor"], found["multiProcessorCount"],
+            found["sharedMemPerBlockOptin"],
+        )  # fmt: skip
+
+    def _why_no_device(self, error: Exception) -> str:
+        """One sentence in place of CuPy's error."""
+        reason, driver = compile.first_line(error), self.driver()
+        if driver == 0:
+            reason = f"there is no NVIDIA driver ({reason})"
+        elif driver is not None:
+            reason += f"; the driver is for CUDA {cuda_version(driver)}"
+        return (
+            f"CuPy {self.xp.__version__} cannot use a GPU: {reason}. Install or update the NVIDIA driver, "
+            "or use NumPy arrays."
+        )
+
+    def driver(self) -> int | None:
+        """CUDA version of the driver, 12060 for 12.6; 0 without one, None if CuPy does not tell."""
+        try:
+            return int(self.xp.cuda.runtime.driverGetVersion())
+        except Exception:
+            return None
 
     def address(self, x: Array) -> int:
         """Of an array's first element."""
@@ -115,11 +167,17 @@ class _Cupy:
         kernel((*grid, 1), (threads, 1, 1), (np.frombuffer(block, f"V{len(block)}"),), shared)
 
 
+def cuda_version(version: int) -> str:
+    """12.6 for CUDA's 12060."""
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
 _runtimes: dict[str, Runtime] = {}
 
 
 @cache
-def _cupy() -> Runtime:
+def cupy() -> _Cupy:
+    """CuPy's runtime."""
     return _Cupy()
 
 
@@ -130,4 +188,4 @@ def register(library: ModuleType, runtime: Runtime) -> None:
 
 def of(library: ModuleType) -> Runtime:
     """The runtime for arrays of a library."""
-    return _runtimes.get(library.__name__) or _cupy()
+    return _runtimes.get(library.__name__) or cupy()

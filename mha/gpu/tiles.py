@@ -145,12 +145,12 @@ def _smaller(tiles: Tiles, rows: int, others: int, tensor: bool) -> Iterator[Til
         t = replace(t, warps=t.warps // 2)
     if t.row_tiles == 2 and rows <= 16 * t.warps:
         t = replace(t, row_tiles=1)
-    while t.keys > 16 and others <= t.keys // 2:
-        t = replace(t, keys=t.keys // 2)
+    while t.keys > 16 and others <= _fewer(t.keys):
+        t = replace(t, keys=_fewer(t.keys))
     while True:
         yield t
         if t.keys > 32:
-            t = replace(t, keys=t.keys // 2)
+            t = replace(t, keys=_fewer(t.keys))
         elif t.stages > 1:
             t = replace(t, stages=t.stages - 1)
         elif t.warps > 1:
@@ -158,9 +158,14 @@ def _smaller(tiles: Tiles, rows: int, others: int, tensor: bool) -> Iterator[Til
         elif t.row_tiles > 1:
             t = replace(t, row_tiles=1)
         elif t.keys > (16 if tensor else 8):
-            t = replace(t, keys=t.keys // 2)
+            t = replace(t, keys=_fewer(t.keys))
         else:
             return
+
+
+def _fewer(keys: int) -> int:
+    """The next smaller power of two."""
+    return 1 << ((keys - 1).bit_length() - 1)
 
 
 def defines(kernel: str, t: Tiles, traits: Traits, **more: int) -> tuple[tuple[str, int], ...]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from devices import Device
 
 from mha.compat import ivy
 
@@ -42,12 +43,10 @@ def test_the_recordings_are_all_here() -> None:
     assert len(NAMES) == 39
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in REFUSED and name not in DECIDED])
-def test_equals_ivy(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MHA_BACKEND", backend)
+def test_equals_ivy(name: str, place: Device) -> None:
     arguments, results, meta = recorded(name)
-    found = run(arguments)
+    found = place.get(run(place.put(arguments)))
     assert found.keys() == results.keys()
     for which, right in results.items():
         assert found[which].dtype == right.dtype

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from devices import Device
 
 from mha import layer
 from mha.compat import paddle
@@ -75,12 +76,11 @@ def test_the_recordings_are_all_here() -> None:
     assert sum(Recorded(name).drops for name in NAMES) >= 5
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in DECIDED and not Recorded(name).drops])
-def test_equals_paddle(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MHA_BACKEND", backend)
+def test_equals_paddle(name: str, place: Device) -> None:
     case = Recorded(name)
-    check(case, *run(case))
+    case.inputs = place.put(case.inputs)
+    check(case, *place.get(run(case)))
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in DECIDED and Recorded(name).drops])

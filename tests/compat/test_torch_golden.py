@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from devices import Device
 from recorded_torch import NAMES, Recorded, check
 
 from mha.problem import Dropout
@@ -21,12 +22,11 @@ def test_the_recordings_are_all_here() -> None:
     assert set(DECIDED) < set(NAMES)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in DECIDED and not name.startswith("d01")])
-def test_equals_torch(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MHA_BACKEND", backend)
+def test_equals_torch(name: str, place: Device) -> None:
     case = Recorded(name)
-    check(case, *case.run())
+    case.move_to(place)
+    check(case, *place.get(case.run()))
 
 
 def test_equals_torch_under_its_own_dropout_mask() -> None:

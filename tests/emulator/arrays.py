@@ -112,6 +112,18 @@ def asnumpy(x: Any) -> Any:
     return x.host.copy() if isinstance(x, Array) else x
 
 
+def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
+    """Half precision is summed in float32 and rounded once, as cuBLAS does it."""
+    dtype = np.result_type(a.dtype, b.dtype)
+    wide = np.float32 if dtype.itemsize == 2 else dtype
+    made = (unwrapped(a).astype(wide) @ unwrapped(b).astype(wide)).astype(dtype)
+    if out is None:
+        return Array(made)
+    assert out.dtype == dtype, (out.dtype, dtype)
+    out[...] = Array(made)
+    return out
+
+
 class _Library(ModuleType):
     """NumPy's functions on the arrays here."""
 
@@ -119,6 +131,7 @@ class _Library(ModuleType):
     asarray = staticmethod(asarray)
     array = staticmethod(asarray)
     asnumpy = staticmethod(asnumpy)
+    matmul = staticmethod(matmul)
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(np, name)

@@ -64,6 +64,7 @@ template <class Record> inline void exchange(Record *record, void (*operate)(Rec
 
 using std::exp;
 using std::log;
+using std::sqrt;
 using std::tanh;
 template <class T> inline T min(T a, T b) { return b < a ? b : a; }
 template <class T> inline T max(T a, T b) { return a < b ? b : a; }

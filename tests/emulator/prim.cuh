@@ -44,6 +44,9 @@ inline void copy_async(void *shared, const void *global, int bytes) { emulator::
 inline void copy_async_commit() { emulator::commit(); }
 template <int PENDING> inline void copy_async_wait() { emulator::wait_for_copies(PENDING); }
 
+typedef const unsigned char *SharedAddress;
+inline SharedAddress shared_address(const void *p) { return (SharedAddress)p; }
+
 // Each lane reads its own row, so that a race is seen where the hardware would have it.
 template <bool TRANSPOSED> inline void ldmatrix(uint32 (&r)[4], const void *row)
 {
@@ -64,8 +67,8 @@ template <bool TRANSPOSED> inline void ldmatrix(uint32 (&r)[4], const void *row)
             }
     });
 }
-inline void ldmatrix_x4(uint32 (&r)[4], const void *row) { ldmatrix<false>(r, row); }
-inline void ldmatrix_x4_trans(uint32 (&r)[4], const void *row) { ldmatrix<true>(r, row); }
+inline void ldmatrix_x4(uint32 (&r)[4], SharedAddress row) { ldmatrix<false>(r, row); }
+inline void ldmatrix_x4_trans(uint32 (&r)[4], SharedAddress row) { ldmatrix<true>(r, row); }
 
 struct Mma16 {
     float *c;

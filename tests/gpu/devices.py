@@ -16,11 +16,16 @@ class Device:
     name: str
     library: Any
 
+    @property
+    def own_name(self) -> str:
+        """As PyTorch names devices."""
+        return "cpu" if self.library is np else "cuda"
+
     def put(self, x: Any) -> Any:
         """A NumPy array, or those among the values of a dict, on the device in the same strides; others as they are."""
         if isinstance(x, dict):
             return {name: self.put(value) for name, value in x.items()}
-        if not isinstance(x, np.ndarray):
+        if not isinstance(x, np.ndarray) or self.library is np:
             return x
         if 0 in x.shape:
             return self.library.asarray(x)
@@ -32,10 +37,18 @@ class Device:
         return strided(self.library, self.library.asarray(memory.copy()), x.shape, x.strides)
 
     def get(self, x: Any) -> Any:
-        """Back as NumPy arrays, tuples of them included."""
+        """Back as NumPy arrays, those in tuples, lists and dicts included."""
+        if self.library is np:
+            return x
+        if isinstance(x, dict):
+            return {name: self.get(value) for name, value in x.items()}
         if isinstance(x, (tuple, list)):
             return type(x)(self.get(item) for item in x) if type(x) in (tuple, list) else type(x)(*map(self.get, x))
         return self.library.asnumpy(x) if isinstance(x, self.library.ndarray) else x
+
+
+#: No device, but NumPy's arrays where they are.
+HOST = Device("host", np)
 
 
 def strided(library: Any, memory: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
