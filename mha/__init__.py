@@ -27,6 +27,7 @@ from mha.functional import (
 from mha.info import explain, show_config
 from mha.module import MultiHeadAttention
 from mha.packing import PackedLayout
+from mha.precision import get_float32_precision, set_float32_precision
 from mha.random import seed
 
 __version__ = "0.1.0"
@@ -40,6 +41,7 @@ __all__ = [
     "PackedLayout",
     "convert",
     "explain",
+    "get_float32_precision",
     "get_num_threads",
     "multi_head_attention",
     "multi_head_attention_backward",
@@ -47,6 +49,7 @@ __all__ = [
     "scaled_dot_product_attention",
     "scaled_dot_product_attention_backward",
     "seed",
+    "set_float32_precision",
     "set_num_threads",
     "show_config",
 ]

@@ -1,4 +1,4 @@
-"""`mha/params.py` and `pyx/params.pxd` are one table."""
+"""`mha/params.py`, `pyx/params.pxd` and `cupy_kernels/params.cuh` are one table."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from mha.params import ATTENTION, NORM, PRODUCT, STORAGE, Table
 
 SOURCE = Path(__file__).parents[1] / "pyx"
+CUDA = Path(__file__).parents[1] / "cupy_kernels"
 
 
 def structs() -> dict[str, list[tuple[str, str]]]:
@@ -29,6 +30,22 @@ def flattened(name: str, prefix: str = "") -> list[tuple[str, str]]:
         else:
             fields.append((kind, prefix + field))
     return fields
+
+
+def cuda_structs() -> dict[str, list[tuple[str, str]]]:
+    """The same of the CUDA source."""
+    text = (CUDA / "params.cuh").read_text()
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name, body in re.findall(r"^struct (\w+) {\n(.*?)^};", text, re.MULTILINE | re.DOTALL):
+        lines = [line.split("//")[0].strip().rstrip(";") for line in body.splitlines()]
+        found[name] = [tuple(re.sub(r" \*(\w+)$", r"* \1", line).rsplit(" ", 1)) for line in lines if line]  # type: ignore[misc]
+    return found
+
+
+@pytest.mark.parametrize("struct", ["TensorView", "AttentionParams", "NormParams"])
+def test_the_cuda_structs_are_the_same(struct: str) -> None:
+    own = {"int64_t": "int64", "const int64_t*": "const int64*"}
+    assert cuda_structs()[struct] == [(own.get(kind, kind), field) for kind, field in structs()[struct]]
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def explain(problem: AttentionProblem) -> Explanation:
     p, device = problem, runtime.of(problem.xp)
     facts, traits, sizes = device.facts(), launch.traits(problem, device), problem.sizes
     row_bytes = p.batch * p.heads * p.queries * p.computing.itemsize
-    forward: list[KernelPlan] = plan_forward(sizes, traits, facts) if row_bytes else []
+    forward = list(plan_forward(sizes, traits, facts)) if row_bytes else []
     partials = partial_size(sizes, traits, forward[0].splits) if len(forward) > 1 else 0
     backward: list[KernelPlan] = []
     if row_bytes * p.keys:

@@ -14,6 +14,7 @@ from mha.gpu.runtime import Runtime
 from mha.gpu.tiles import ANYTHING, NOTHING_HIDDEN, RANGES, Traits
 from mha.matrix import Matrix
 from mha.params import ATTENTION, NORM, STORAGE, Table
+from mha.precision import float32_by_tensor
 from mha.problem import COMPUTING, AttentionProblem, Dropout, Norm
 
 Array = NDArray[Any]
@@ -51,8 +52,8 @@ def traits(problem: AttentionProblem, runtime: Runtime, *others: Array, anything
     """What the specialisations of a problem have in common; `others` are copied to tiles like its own arrays."""
     p, facts = problem, runtime.facts()
     # Tiles of float64 for the matrix instructions need the memory that only parts have whose float64 is fast.
-    wide = p.dtype == np.float64 and facts.shared_bytes > 2**17
-    tensor = facts.capability >= 80 and (p.dtype.itemsize == 2 or wide)
+    by_tensor = {2: True, 4: float32_by_tensor(), 8: facts.shared_bytes > 2**17}
+    tensor = facts.capability >= 80 and by_tensor[p.dtype.itemsize]
     return Traits(
         STORAGE[p.dtype], p.dtype.itemsize, p.computing.itemsize, tensor, ANYTHING if anything else _masks(p),
         p.dropout is not None, all(_aligned(x, runtime) for x in (p.query, p.key, p.value, *others)),

@@ -10,6 +10,7 @@ row_tiles * keys / 2, twice as many in float64. Two row tiles halve what the pro
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from mha.gpu.runtime import DeviceFacts
 from mha.gpu.tiles import ANYTHING, SHARED, Tiles, Traits, defines, fitting, round_up
@@ -23,6 +24,9 @@ _DECODE_ROWS = 16
 _DECODE_BLOCKS = 4
 #: Keys that one split of a decode covers at least.
 _SPLIT_KEYS = 256
+
+#: Plans kept for calls of the same kind: making one takes longer than the rest of a call on the host.
+_PLANS = 4096
 
 #: Modes of the kernel attention_weights.
 WEIGHTS, AVERAGE, MASK_GRADIENT, DELTA, ROW_SCALE = range(5)
@@ -42,14 +46,15 @@ class KernelPlan:
     why: str = ""
 
 
-def plan_forward(sizes: Sizes, traits: Traits, facts: DeviceFacts) -> list[KernelPlan]:
+@lru_cache(_PLANS)
+def plan_forward(sizes: Sizes, traits: Traits, facts: DeviceFacts) -> tuple[KernelPlan, ...]:
     """Output and log-sum-exp: one kernel, or for few rows a split one and one that combines the parts."""
     if sizes.rows <= _DECODE_ROWS:
         return _plan_decode(sizes, traits, facts)
     tiles = _tiles("attention_forward", _forward_tiles(sizes, traits), sizes.rows, sizes.keys, traits, facts)
     blocks = sizes.batch * sizes.kv_heads * -(-sizes.rows // tiles.rows)
     why = f"{blocks} blocks of {tiles.rows} query rows, {tiles.keys} keys at a time"
-    return [_plan("attention_forward", tiles, traits, blocks, tiles.dv // tiles.v_columns, why)]
+    return (_plan("attention_forward", tiles, traits, blocks, tiles.dv // tiles.v_columns, why),)
 
 
 def _forward_tiles(sizes: Sizes, traits: Traits) -> Tiles:
@@ -58,19 +63,20 @@ def _forward_tiles(sizes: Sizes, traits: Traits) -> Tiles:
     if traits.real == 8:
         # 128 columns spill 8 to 24 bytes in some specialisations.
         return _of(d, dv, MOST_COLUMNS, 64, 1, 4, 32 if widest <= 64 else 16)
-    most = 256 if traits.tensor else 128
+    most = 256 if narrow and traits.tensor else 128
     if widest > 128:
         return _of(d, dv, MOST_COLUMNS, most, 1, 8 if narrow else 4, 32)
     if traits.masks == ANYTHING:
         return _of(d, dv, MOST_COLUMNS, most, 1, 4, 64 if widest <= 64 else 32)
-    if traits.dropout and widest > 64:
+    if widest > 64 and (traits.dropout or traits.halved):
         return _of(d, dv, MOST_COLUMNS, most, 1, 8 if narrow else 4, 64 if narrow else 32)
-    return _of(d, dv, MOST_COLUMNS, most, 2, 4, 64 if widest <= 64 else 48 if narrow else 32)
+    keys = 64 if widest <= 64 and not traits.halved else 48 if narrow else 32
+    return _of(d, dv, MOST_COLUMNS, most, 2, 4, keys)
 
 
-def _plan_decode(sizes: Sizes, traits: Traits, facts: DeviceFacts) -> list[KernelPlan]:
+def _plan_decode(sizes: Sizes, traits: Traits, facts: DeviceFacts) -> tuple[KernelPlan, ...]:
     d, dv = round_up(sizes.head_dim, 16), round_up(sizes.v_head_dim, 16)
-    most = 64 if traits.real == 8 else 256 if traits.tensor else 128
+    most = 64 if traits.real == 8 else 256 if traits.tensor and traits.itemsize == 2 else 128
     wide = max(d, dv) * traits.itemsize > 256
     tiles = replace(_of(d, dv, MOST_COLUMNS, most, 1, 1, 32 if wide else 64), stages=2 if wide else 3)
     tiles = _tiles("attention_decode", tiles, sizes.rows, sizes.keys, traits, facts)
@@ -83,7 +89,7 @@ def _plan_decode(sizes: Sizes, traits: Traits, facts: DeviceFacts) -> list[Kerne
         "attention_combine", "attention_decode", _plan("attention_decode", tiles, traits, 0, 1, "").defines,
         (heads * sizes.rows, 1), 128, 0, splits, why,
     )  # fmt: skip
-    return [replace(_plan("attention_decode", tiles, traits, heads * splits, parts, why), splits=splits), combine]
+    return replace(_plan("attention_decode", tiles, traits, heads * splits, parts, why), splits=splits), combine
 
 
 def partial_size(sizes: Sizes, traits: Traits, splits: int) -> int:
@@ -91,7 +97,8 @@ def partial_size(sizes: Sizes, traits: Traits, splits: int) -> int:
     return sizes.batch * sizes.kv_heads * splits * sizes.rows * (sizes.v_head_dim + 2) * traits.real
 
 
-def plan_backward(sizes: Sizes, traits: Traits, facts: DeviceFacts) -> list[KernelPlan]:
+@lru_cache(_PLANS)
+def plan_backward(sizes: Sizes, traits: Traits, facts: DeviceFacts) -> tuple[KernelPlan, ...]:
     """Gradients of query, key and value: one kernel for the keys' and the values', one for the queries'."""
     kernel, tiles = "attention_backward", _backward_tiles(sizes, traits)
     tiles = _tiles(kernel, tiles, sizes.keys, sizes.queries, traits, facts)
@@ -99,18 +106,18 @@ def plan_backward(sizes: Sizes, traits: Traits, facts: DeviceFacts) -> list[Kern
     heads = sizes.batch * sizes.kv_heads
     why = f"{heads * panels} blocks of {tiles.rows} keys, {tiles.keys} queries at a time"
     keys = _plan(kernel, tiles, traits, heads * panels, tiles.parts, why)
-    return [keys, _plan_backward_query(sizes, traits, facts)]
+    return keys, _plan_backward_query(sizes, traits, facts)
 
 
 def _backward_tiles(sizes: Sizes, traits: Traits) -> Tiles:
     widest, narrow = max(sizes.head_dim, sizes.v_head_dim), traits.itemsize == 2
     more_kept = traits.masks == ANYTHING or traits.dropout
-    most = 128 if traits.real == 4 else 32 if traits.masks or more_kept or widest > 128 else 64
+    most = 32 if traits.real == 8 else 64 if traits.halved else 128
     parts = -(-widest // most)
     columns, v_columns = (_columns(n, parts, traits) for n in (sizes.head_dim, sizes.v_head_dim))
     warps = 8 if narrow else 4
     if widest <= 64:
-        queries = 16 if traits.real == 8 else 32 if more_kept or not narrow else 64
+        queries = 64 if narrow and not more_kept else 16 if traits.real == 8 or traits.halved else 32
     else:
         queries = 32 if narrow and traits.masks != ANYTHING else 16
     return Tiles(1, warps, queries, parts * columns, parts * v_columns, columns, v_columns, stages=2)
@@ -118,7 +125,7 @@ def _backward_tiles(sizes: Sizes, traits: Traits) -> Tiles:
 
 def _plan_backward_query(sizes: Sizes, traits: Traits, facts: DeviceFacts) -> KernelPlan:
     kernel = "attention_backward_query"
-    most = 64 if traits.real == 8 else 256 if traits.tensor else 128
+    most = 64 if traits.real == 8 else 256 if traits.tensor and traits.itemsize == 2 else 128
     parts = -(-sizes.head_dim // most)
     columns, dv = _columns(sizes.head_dim, parts, traits), round_up(sizes.v_head_dim, 16)
     if traits.real == 8:
@@ -134,6 +141,7 @@ def _plan_backward_query(sizes: Sizes, traits: Traits, facts: DeviceFacts) -> Ke
     return _plan(kernel, tiles, traits, blocks, parts, why)
 
 
+@lru_cache(_PLANS)
 def plan_rows(kernel: str, sizes: Sizes, traits: Traits, facts: DeviceFacts) -> KernelPlan:
     """The row term of the backward."""
     rows = sizes.batch * sizes.heads * sizes.queries
@@ -141,6 +149,7 @@ def plan_rows(kernel: str, sizes: Sizes, traits: Traits, facts: DeviceFacts) -> 
                       (-(-rows // 4), 1), 128, 0, why=f"{rows} rows, a warp each")  # fmt: skip
 
 
+@lru_cache(_PLANS)
 def plan_weights(
     mode: int, target: tuple[int, int, int, int], sizes: Sizes, traits: Traits, facts: DeviceFacts
 ) -> KernelPlan:

@@ -28,6 +28,11 @@ class Traits(NamedTuple):
     #: Whether rows of every input can be copied 16 bytes at a time.
     aligned: bool
 
+    @property
+    def halved(self) -> bool:
+        """float32 in two tf32 parts, which take twice the registers of an operand."""
+        return self.tensor and self.itemsize == 4
+
 
 @dataclass(frozen=True)
 class Tiles:
