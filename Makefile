@@ -1,10 +1,10 @@
-# demo test test-all test-text test-torch bench lint: each makes its own virtual environment. ARGS passes arguments on.
+# demo test test-all test-text test-torch test-gpu-compile bench lint: each makes its own virtual environment. ARGS passes arguments on.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard pyx/*)
 
-.PHONY: demo test test-all test-text test-torch parameter-table bench lint clean
+.PHONY: demo test test-all test-text test-torch test-gpu-compile parameter-table bench lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m mha demo $(ARGS)
@@ -24,6 +24,11 @@ test-text: $(VENV)/.tests
 test-torch: $(VENV)/.tests
 	$(BIN)/python -m pip install --quiet torch==2.13.0 expecttest
 	$(BIN)/python -m pytest -m "not slow" tests/compat/test_torch_live.py tests/test_convert.py tests/test_module.py tests/test_exchange.py $(ARGS)
+
+# CuPy and NVRTC, 170 MB: every CUDA kernel becomes machine code, without a GPU.
+test-gpu-compile: $(VENV)/.tests
+	$(BIN)/python -m pip install --quiet cupy-cuda13x==14.2.0 nvidia-cuda-nvrtc==13.0.88 nvidia-cuda-nvdisasm
+	$(BIN)/python -m pytest -m "not slow" tests/gpu/test_compile.py $(ARGS)
 
 # Which test shows which parameter of the five systems, from the calls that the tests make.
 parameter-table: $(VENV)/.tests

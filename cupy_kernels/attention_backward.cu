@@ -16,8 +16,7 @@ static_assert(SHARED == MHA_SHARED, "the plan reckons with another amount of sha
 
 KERNEL(THREADS) attention_backward(const __grid_constant__ AttentionParams p)
 {
-    DYNAMIC_SHARED(memory);
-    unsigned char *cursor = memory;
+    unsigned char *cursor = shared_memory();
     Stored *key = (Stored *)carve(cursor, ROWS * Tile<Stored, D>::ROW_BYTES);
     Stored *value = (Stored *)carve(cursor, ROWS * Tile<Stored, DV>::ROW_BYTES);
     const Stored *own_key = key + 16 * M * warp_index() * Tile<Stored, D>::ROW; // this warp's

@@ -22,8 +22,7 @@ __device__ __forceinline__ int64 partial_size(const AttentionParams &p)
 
 KERNEL(THREADS) attention_decode(const __grid_constant__ AttentionParams p)
 {
-    DYNAMIC_SHARED(memory);
-    unsigned char *cursor = memory;
+    unsigned char *cursor = shared_memory();
     Panel<ROWS> &panel = *(Panel<ROWS> *)carve(cursor, (sizeof(Panel<ROWS>) + 15) / 16 * 16);
     Stored *query = (Stored *)carve(cursor, ROWS * Tile<Stored, D>::ROW_BYTES);
     unsigned char *tiles = carve(cursor, STAGES * KEYS * ROW);

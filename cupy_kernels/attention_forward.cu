@@ -15,8 +15,7 @@ static_assert(SHARED == MHA_SHARED, "the plan reckons with another amount of sha
 
 KERNEL(THREADS) attention_forward(const __grid_constant__ AttentionParams p)
 {
-    DYNAMIC_SHARED(memory);
-    unsigned char *cursor = memory;
+    unsigned char *cursor = shared_memory();
     Panel<ROWS> &panel = *(Panel<ROWS> *)carve(cursor, (sizeof(Panel<ROWS>) + 15) / 16 * 16);
     Stored *query = (Stored *)carve(cursor, ROWS * Tile<Stored, D>::ROW_BYTES);
     const Stored *own_query = query + 16 * M * warp_index() * Tile<Stored, D>::ROW; // this warp's

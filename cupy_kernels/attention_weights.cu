@@ -234,8 +234,7 @@ __device__ __forceinline__ void row_sums(const AttentionParams &p, const Shared 
 
 KERNEL(THREADS) attention_weights(const __grid_constant__ AttentionParams p)
 {
-    DYNAMIC_SHARED(memory);
-    unsigned char *cursor = memory;
+    unsigned char *cursor = shared_memory();
     Shared shared;
     shared.panel = (Panel<ROWS> *)carve(cursor, (sizeof(Panel<ROWS>) + 15) / 16 * 16);
     shared.query = (Stored *)carve(cursor, ROWS * Tile<Stored, D>::ROW_BYTES);

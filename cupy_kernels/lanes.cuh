@@ -39,6 +39,13 @@ constexpr int CHUNK = 16 / sizeof(Stored); // elements of the widest copy
 __device__ __forceinline__ int lane_index() { return threadIdx.x & 31; }
 __device__ __forceinline__ int warp_index() { return threadIdx.x >> 5; }
 
+// What the launch gives a block of threads.
+__device__ __forceinline__ unsigned char *shared_memory()
+{
+    DYNAMIC_SHARED(memory);
+    return memory;
+}
+
 // The next `bytes` of shared memory, which must be a multiple of 16.
 __device__ __forceinline__ unsigned char *carve(unsigned char *&cursor, int bytes)
 {

@@ -21,9 +21,8 @@ template <int COUNT> __device__ __forceinline__ void team_sum(Real (&x)[COUNT])
             x[k] += __shfl_xor_sync(0xffffffff, x[k], half);
     if (TEAM_WARPS == 1)
         return;
-    DYNAMIC_SHARED(memory);
-    Real *parts = (Real *)memory; // [TEAM_WARPS][COUNT]
-    __syncthreads();              // everyone has read the last sums
+    Real *parts = (Real *)shared_memory(); // [TEAM_WARPS][COUNT]
+    __syncthreads();                       // everyone has read the last sums
     if (lane_index() == 0)
 #pragma unroll
         for (int k = 0; k < COUNT; k++)

@@ -87,13 +87,13 @@ template <int M, int N>
 __device__ __forceinline__ void softcap_gradients(const AttentionParams &p, const Real (&slope)[M][N][4],
                                                   Real (&grad)[M][N][4])
 {
-    if (MASKS != ANYTHING || p.softcap == 0)
-        return;
+    if (MASKS == ANYTHING && p.softcap != 0) {
 #pragma unroll
-    for (int m = 0; m < M; m++)
+        for (int m = 0; m < M; m++)
 #pragma unroll
-        for (int c = 0; c < N; c++)
+            for (int c = 0; c < N; c++)
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-                grad[m][c][i] = softcap_gradient(grad[m][c][i], slope[m][c][i]);
+                for (int i = 0; i < 4; i++)
+                    grad[m][c][i] = softcap_gradient(grad[m][c][i], slope[m][c][i]);
+    }
 }

@@ -65,7 +65,7 @@ KERNEL(THREADS) residual_norm_backward(const __grid_constant__ NormParams p)
     for (int64 row = start; row < stop; row += ROWS) {
         RowNorm norms[ROWS];
         RowSlope slopes[ROWS];
-        int64 total[ROWS], output[ROWS];
+        int64 total[ROWS] = {}, output[ROWS] = {};
         const auto total_at = [&](int r, int64 e) {
             return to_real(((const Stored *)p.total.data)[total[r] + e * p.total.column]);
         };
@@ -118,8 +118,7 @@ KERNEL(THREADS) residual_norm_backward(const __grid_constant__ NormParams p)
 // grad_scale and grad_bias: the sums of all blocks of rows, every warp's share in order, then the warps' in order.
 KERNEL(THREADS) residual_norm_sums(const __grid_constant__ NormParams p)
 {
-    DYNAMIC_SHARED(memory);
-    Real *parts = (Real *)memory; // [THREADS]
+    Real *parts = (Real *)shared_memory(); // [THREADS]
     const int64 width = 2 * p.features, column = (int64)blockIdx.x * 32 + lane_index();
     const int64 blocks = (p.batch * p.queries + p.row_block - 1) / p.row_block;
     Real sum = 0;
