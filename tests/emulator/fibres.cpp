@@ -91,8 +91,8 @@ struct Running : Block {
 thread_local Fibre *fibre = nullptr;
 thread_local Block *block = nullptr;
 
-static Thread &self() { return *static_cast<Thread *>(fibre); }
-static Running &running() { return *static_cast<Running *>(block); }
+UNSEEN static Thread &self() { return *static_cast<Thread *>(fibre); }
+UNSEEN static Running &running() { return *static_cast<Running *>(block); }
 
 static void release(void *tag)
 {
