@@ -42,7 +42,7 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PATH="$(abspath $(BIN)):$$PATH" cython-lint pyx
-	$(BIN)/clang-format --dry-run --Werror pyx/*.h cupy_kernels/*.cu* tests/emulator/*.h tests/emulator/*.cuh tests/emulator/*.cpp
+	$(BIN)/clang-format --dry-run --Werror pyx/*.h cupy_kernels/*.cu* tests/emulator/*.h tests/emulator/*.cuh tests/emulator/*.cpp tests/gpu/*.cu
 	$(BIN)/mypy
 
 clean:

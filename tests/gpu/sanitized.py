@@ -20,7 +20,7 @@ def main(flavour: str, name: str, dtype: str, *fault: str) -> None:
     runtime = emulator.install()
     runtime.flavour, runtime.seed = flavour, 3
     if fault:
-        file, text, replacement = fault
+        _, text, replacement = fault
         runtime.faults = [(text, replacement)]
     device = devices.get("emulated")
     problem, arrays, _, _, truth, _ = on_device(name, dtype, device)

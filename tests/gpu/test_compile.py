@@ -19,6 +19,7 @@ import devices
 import numpy as np
 import pytest
 import specialisations
+import test_conformance
 from problems import on_device
 
 from mha.gpu import compile, launch, load, plan
@@ -170,6 +171,11 @@ def test_a_tile_too_large_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     tiles = fitting("attention_forward", Tiles(2, 4, 128, 128, 128, 128, 128), 8192, 8192, chosen, facts.shared_bytes)
     greedy = plan._plan("attention_forward", tiles, chosen, 64, 1, "")
     assert any("spilled" in fault for fault in faults(compiled((90, "float16", greedy)), 90))
+
+
+@pytest.mark.parametrize("case", test_conformance.CASES)
+def test_the_conformance_kernels_compile(case: str) -> None:
+    compile.compiled(test_conformance.source(case), 90)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])

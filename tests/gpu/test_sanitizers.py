@@ -56,7 +56,7 @@ def run(flavour: str, *arguments: str) -> str:
 MORE = ["size_97x200", "causal_97x200", "option_dropout", "decode_masked", "mask_float_inf", "dims_128_40",
         "dims_256_256", "lengths", "grouped_6_1", "layout_sliced"]  # fmt: skip
 CASES = [pytest.param(name, dtype, marks=pytest.mark.slow) for name in MORE
-         for dtype in ("float32", "float64", "float16", "bfloat16")]  # fmt: skip
+         for dtype in ("float32", "float16", "float64")[: 3 if name == "size_97x200" else 2]]  # fmt: skip
 CASES.insert(0, ("everything", "float16"))
 
 
