@@ -126,6 +126,15 @@ def dtype_named(dtype: Any) -> np.dtype[Any]:
     return np.dtype(dtype if isinstance(dtype, (type, np.dtype)) else name)
 
 
+def graph_is_captured() -> bool:
+    """Whether CuPy's current stream records a CUDA graph instead of running what it is given."""
+    cupy = sys.modules.get("cupy")
+    try:
+        return cupy is not None and bool(cupy.cuda.get_current_stream().is_capturing())
+    except Exception:  # whatever CuPy says of a missing driver: then nothing is captured
+        return False
+
+
 def matplotlib_pyplot() -> ModuleType | None:
     """matplotlib.pyplot drawing to files, or None where it is not installed."""
     try:

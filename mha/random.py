@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mha.optional import graph_is_captured
+
 Flags = NDArray[np.bool_]
 
 _ROUNDS = 10
@@ -84,9 +86,16 @@ def next_state(count: int = 1) -> DropoutState:
     ------
     ValueError
         If `count` is less than 1.
+    RuntimeError
+        While CuPy captures a CUDA graph: every replay would repeat the mask of this state.
     """
     if count < 1:
         raise ValueError(f"count is {count}. Reserve one offset for each dropout mask, at least 1.")
+    if graph_is_captured():
+        raise RuntimeError(
+            "a CUDA graph is being captured, and every replay would repeat this dropout mask. Draw the state before "
+            "the capture and pass it as dropout_state if that is wanted."
+        )
     return _source.draw(count)
 
 

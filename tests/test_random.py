@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -151,3 +153,15 @@ def test_bad_calls():
         random.next_state(0)
     with pytest.raises(ValueError, match="total_heads=3"):
         attention_keep(STATE, 0.5, 1, 2, 1, 1, head_start=2, total_heads=3)
+
+
+def test_no_state_is_drawn_for_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replays of a CUDA graph repeat what was drawn at its capture."""
+    captured = [False]
+    stream = SimpleNamespace(is_capturing=lambda: captured[0])
+    cupy = SimpleNamespace(cuda=SimpleNamespace(get_current_stream=lambda: stream), ndarray=type("ndarray", (), {}))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    random.next_state()
+    captured[0] = True
+    with pytest.raises(RuntimeError, match="every replay would repeat this dropout mask"):
+        random.next_state()

@@ -39,7 +39,7 @@ def jobs(capability: int, full: bool) -> Iterator[Job]:
         if dtype == "bfloat16" and not full:
             continue  # float16's twin but for the conversions
         for tf32 in (False, True) if dtype == "float32" and capability >= 80 else (False,):
-            for head_dim in (64, 128, 256) if full else (64, 128) if capability == 90 else (64,):
+            for head_dim in (64, 128, 256) if full else (64,) if capability == 80 else (64, 128):
                 if real == 8 and capability < 80 and head_dim > 128:
                     continue
                 for masks in (NOTHING_HIDDEN, RANGES, ANYTHING):

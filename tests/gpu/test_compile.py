@@ -93,7 +93,9 @@ def faults(found: Compiled, capability: int) -> list[str]:
 
 
 CAPABILITIES = [pytest.param((c, False), id=f"sm_{c}") for c in (80, 90)]
-CAPABILITIES += [pytest.param((c, True), id=f"sm_{c}_all", marks=pytest.mark.slow) for c in specialisations.SHARED]
+CAPABILITIES += [
+    pytest.param((c, c in (80, 90)), id=f"sm_{c}_slow", marks=pytest.mark.slow) for c in specialisations.SHARED
+]
 
 
 @pytest.fixture(scope="module", params=CAPABILITIES)
