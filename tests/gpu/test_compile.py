@@ -82,7 +82,9 @@ def everything(capability: int, full: bool) -> list[Compiled]:
 def faults(found: Compiled, capability: int) -> list[str]:
     """What is wrong with a specialisation."""
     wrong = []
-    if found.spilled or found.stack:
+    # float64 by plain arithmetic is for devices with a 64th of the rate: there it has to be right, not fast.
+    plain = found.dtype == "float64" and not dict(found.plan.defines).get("MHA_TENSOR")
+    if (found.spilled or found.stack) and not plain:
         wrong.append(f"{found.spilled} bytes spilled, a stack frame of {found.stack}")
     if found.registers > REGISTERS:
         wrong.append(f"{found.registers} registers")
