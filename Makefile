@@ -1,10 +1,11 @@
-# demo test test-all test-text test-torch test-gpu-compile bench lint: each makes its own virtual environment. ARGS passes arguments on.
+# demo test test-all test-text test-torch test-gpu-compile bench lint: each makes its own virtual environment; gpu takes
+# the python that there is. ARGS passes arguments on.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard pyx/*)
 
-.PHONY: demo test test-all test-text test-torch test-gpu-compile parameter-table bench lint clean
+.PHONY: demo test test-all test-text test-torch test-gpu-compile parameter-table gpu bench lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m mha demo $(ARGS)
@@ -29,6 +30,17 @@ test-torch: $(VENV)/.tests
 test-gpu-compile: $(VENV)/.tests
 	$(BIN)/python -m pip install --quiet cupy-cuda13x==14.2.0 nvidia-cuda-nvrtc==13.0.88 nvidia-cuda-nvdisasm
 	$(BIN)/python -m pytest -m "not slow" tests/gpu/test_compile.py $(ARGS)
+
+# On a machine with a GPU: nothing is downloaded, the python of the system and what it has are used. Compiling takes most
+# of the time, so the tests run in eight processes where pytest-xdist is installed.
+SANITIZER := $(or $(shell command -v compute-sanitizer),$(wildcard /usr/local/cuda/bin/compute-sanitizer))
+PROCESSES = $(shell $(PYTHON) -c "import xdist; print('-n 8')" 2>/dev/null)
+gpu:
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m pytest -q -m "not slow" tests/gpu --ignore=tests/gpu/test_compile.py -k "not emulated" $(PROCESSES) $(ARGS)
+	$(if $(SANITIZER),$(SANITIZER) --tool memcheck --error-exitcode 3 $(PYTHON) -m bench.gpu --smoke,@echo "compute-sanitizer is not installed: memory is not checked")
+	$(if $(SANITIZER),$(SANITIZER) --tool racecheck --error-exitcode 3 $(PYTHON) -m bench.gpu --smoke,@true)
+	$(PYTHON) -m bench.gpu
 
 # Which test shows which parameter of the five systems, from the calls that the tests make.
 parameter-table: $(VENV)/.tests
