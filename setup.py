@@ -14,6 +14,7 @@ from pathlib import Path
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 DEBUG = os.environ.get("MHA_DEBUG", "0") == "1"
@@ -73,6 +74,19 @@ class BuildKernels(build_ext):
         return True
 
 
+class BuildPackages(build_py):
+    """Puts the CUDA sources, which are compiled at run time, into the package; a checkout finds them beside it."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib) / "mha" / "cupy_kernels"
+            target.mkdir(parents=True, exist_ok=True)
+            for path in (ROOT / "cupy_kernels").iterdir():
+                if path.suffix in (".cu", ".cuh", ".py"):
+                    self.copy_file(str(path), str(target / path.name))
+
+
 def kernel_extension(level: str, flags: list[str]) -> Extension:
     """The module of one level: a stub, written into the build folder, that includes every kernel."""
     stub = ROOT / "build" / "stubs" / f"_kernels_{level}.pyx"
@@ -103,5 +117,5 @@ extensions = [kernel_extension(level, LEVELS[level]) for level in wanted]
 extensions.append(_extension("mha.cpu._runtime", ROOT / "pyx" / "runtime.pyx", []))
 setup(
     ext_modules=cythonize(extensions, include_path=["pyx"], compiler_directives=DIRECTIVES, build_dir="build/cython"),
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "build_py": BuildPackages},
 )

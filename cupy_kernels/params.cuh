@@ -46,8 +46,7 @@ struct AttentionParams {
     void *shift; // (N, H, L): probabilities are exp(score - shift) * row_scale; NULL is 1
     void *row_scale;
     void *delta; // (N, H, L), rowsum(grad_output * output) and the share of grad_weights
-    // masks: query i stands at i + position + offset and sees position - left <= key <= position + right; -1 is
-    // unlimited
+    // masks: query i stands at i + position + offset and sees that - left <= key <= that + right; -1 is unlimited
     int64 left;
     int64 right;
     int64 position;       // of the first query of every sample, to which `offset` adds

@@ -108,18 +108,7 @@ def attention_backward(
     grad_weights_scale: float = 1.0,
     mask_shapes: Sequence[tuple[int, int, int, int]] = (),
 ) -> tuple[Array, Array, Array, list[Array]]:
-    """Gradients of query, key and value, with the broadcast batch axes, and of additive masks.
-
-    Parameters
-    ----------
-    grad_output, output : (*batch, H, L, Dv)
-    rows : RowStatistics
-        The forward's, or those of a log-sum-exp.
-    grad_weights : (*batch, H or 1, L, T), optional
-        Gradient of the returned weights; `grad_weights_scale` is 1 / H for averaged ones.
-    mask_shapes : sequence of (N or 1, H or 1, L or 1, S)
-        For each, the gradient of the scores summed over the axes of size 1.
-    """
+    """See `mha.cpu.attention_backward`."""
     p, device = problem, runtime.of(problem.xp)
     some = p.batch * p.heads * p.queries * p.keys
     make = p.xp.empty if some else p.xp.zeros
