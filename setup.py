@@ -47,7 +47,7 @@ KERNELS = [
     "attention_decode",
     "product",
     "residual_norm",
-    "fma_peak",
+    "yardstick",
 ]
 
 

@@ -1,4 +1,7 @@
-"""``python -m bench``: this package against unfused NumPy, PyTorch and onnxruntime, interleaved in time."""
+"""``python -m bench``: this package against unfused NumPy, PyTorch and onnxruntime, interleaved in time.
+
+``--report`` sums the cases up in goals and writes everything to `bench/results/`.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,14 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from bench.cases import Job, jobs
+from bench.goals import GOALS
 from bench.libraries import LIBRARIES
-from bench.report import COLUMNS, ratios, row_of, table
+from bench.report import COLUMNS, goal_table, machine, ratios, row_of, table, write
+from bench.yardsticks import fma_peak, read_bandwidth
 
 
 class Worker:
@@ -51,19 +55,6 @@ class Worker:
         self.process.wait(timeout=30)
 
 
-def fma_peak(threads: int) -> float:
-    """GFLOP/s of register-to-register multiply-adds on all threads, best of several."""
-    from mha.cpu import load
-
-    kernel = load.kernels(load.chosen_level()).fma_rounds
-    best = 0.0
-    for _ in range(5):
-        start = time.perf_counter()
-        operations = kernel(2_000_000)
-        best = max(best, operations / (time.perf_counter() - start) * 1e-9)
-    return best * threads
-
-
 def measure(job: Job, workers: dict[str, Worker], rounds: int, seconds: float) -> dict[str, Any]:
     """All libraries in turn, `rounds` times."""
     answers: dict[str, list[dict[str, Any]]] = {}
@@ -80,6 +71,7 @@ def measure(job: Job, workers: dict[str, Worker], rounds: int, seconds: float) -
             "median": statistics.median(times),
             "gflops": job.flops / min(times) * 1e-9,
             "error": given[0]["error"],
+            "rms": given[0]["rms"],
             "extra_bytes": given[0]["extra_bytes"],
         }
     return {"job": job.name, "kind": job.kind, "flops": job.flops, "libraries": libraries}
@@ -97,6 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=0.2, help="of one turn (%(default)s)")
     parser.add_argument("--json", type=Path, help="also write one JSON object a line to this file")
     parser.add_argument("--list", action="store_true", help="only list the cases")
+    parser.add_argument("--report", action="store_true", help="sum up in goals, written to bench/results")
     options = parser.parse_args(argv)
     chosen = [job for job in jobs() if fnmatch.fnmatch(job.name, options.cases)]
     if options.list or not chosen:
@@ -107,12 +100,9 @@ def main(argv: list[str] | None = None) -> int:
     workers = {name: Worker(name, options.threads) for name in names}
     for name in [name for name, worker in workers.items() if worker.unavailable]:
         print(f"{name}: passed over, {workers.pop(name).unavailable}")
-    peak = fma_peak(options.threads)
-    sgemm = 0.0
-    if "numpy" in workers:
-        yardstick = next(job for job in jobs() if job.name == "product 1024x768x768")
-        sgemm = measure(yardstick, {"numpy": workers["numpy"]}, 3, 0.2)["libraries"]["numpy"]["gflops"]
-    print(f"{options.threads} threads; float32 multiply-add peak {peak:.0f} GFLOP/s, NumPy's SGEMM {sgemm:.0f} GFLOP/s")
+    limits = measure_limits(chosen, workers, options.threads)
+    print(", ".join([f"{options.threads} threads", *(f"{name} {value:.0f}" for name, value in limits.items()
+                                                     if not name.startswith("read "))]) + " GFLOP/s")  # fmt: skip
     results = []
     for i, job in enumerate(chosen):
         if sys.stderr.isatty():
@@ -123,12 +113,27 @@ def main(argv: list[str] | None = None) -> int:
     for worker in workers.values():
         worker.close()
     rivals = [name for name in workers if name != "mha"]
-    rows = [row_of(result, peak, sgemm) + ratios(result, rivals) for result in results]
+    rows = [row_of(result, limits) + ratios(result, rivals) for result in results]
     print(table(rows, [*COLUMNS, *(f"{name}/ours" for name in rivals)]))
     if options.json:
-        facts = {"threads": options.threads, "peak_gflops": peak, "sgemm_gflops": sgemm}
+        facts = {"threads": options.threads, "limits": limits}
         options.json.write_text("".join(json.dumps(result | facts) + "\n" for result in results))
+    if options.report:
+        found = [goal.found({result["job"]: result for result in results}, limits) for goal in GOALS]
+        print(f"\n{goal_table(found)}")
+        print("written to", write(machine(options.threads), limits, results, found))
     return 0
+
+
+def measure_limits(chosen: list[Job], workers: dict[str, Worker], threads: int) -> dict[str, float]:
+    """Multiply-adds from register to register and NumPy's SGEMM in GFLOP/s; "read <bytes>" in GB/s."""
+    limits = {"peak": fma_peak(threads)}
+    if "numpy" in workers:
+        cube = next(job for job in jobs() if job.name == "product 4096x4096x4096")
+        limits["sgemm"] = measure(cube, {"numpy": workers["numpy"]}, 3, 1.0)["libraries"]["numpy"]["gflops"]
+    for count in {job.read_bytes for job in chosen if job.kind == "attention" and job.sizes[3] == 1}:
+        limits[f"read {count}"] = read_bandwidth(threads, count)
+    return limits
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """One table of calls per library: kind of job -> a function that makes the timed call from its arrays.
 
-A call returns its result as the library has it; `plain` makes an array of that. A library that is not installed, or
-has nothing for a kind, is passed over with a reason.
+A call returns its result, or a tuple of them, as the library has them; `plain` makes arrays of those. A library that
+is not installed, or has nothing for a job, is passed over with a reason. A call may have a member `before`, which runs
+untimed before each call, and `checked`, which is called instead of it where its results are to be checked.
 """
 
 from __future__ import annotations
@@ -11,50 +12,85 @@ from typing import Any
 
 import numpy as np
 
-from bench.cases import Job
+from bench.cases import WINDOW, Job
 
 Call = Callable[[], Any]
+Calls = dict[str, Callable[[Job, dict[str, Any]], Call]]
+
+#: Dropout of the weights in the training of a layer.
+_DROPOUT = 0.1
 
 
 class NotOffered(Exception):
     """Why a library has no row."""
 
 
-def mha_calls(threads: int) -> dict[str, Callable[[Job, dict[str, Any]], Call]]:
+def mha_calls(threads: int) -> Calls:
     """This package."""
     import mha
-    from mha.cpu import product
+    from mha.cpu import pack, product
     from mha.matrix import rows_of
 
-    mha.set_num_threads(threads)
+    def options(job: Job, a: dict[str, Any]) -> dict[str, Any]:
+        mha.set_num_threads(job.threads or threads)
+        given: dict[str, Any] = {"is_causal": job.causal or job.mask == "window"}
+        if job.mask == "window":
+            given["window"] = WINDOW
+        if "attn_mask" in a:
+            given["attn_mask"] = a["attn_mask"]
+        return given | {"enable_gqa": job.sizes[1] != job.sizes[2]}
 
     def attention(job: Job, a: dict[str, Any]) -> Call:
-        return lambda: mha.scaled_dot_product_attention(a["query"], a["key"], a["value"], **job.attention.options)
+        given = options(job, a)
+        return lambda: mha.scaled_dot_product_attention(a["query"], a["key"], a["value"], **given)
 
     def training(job: Job, a: dict[str, Any]) -> Call:
-        inputs, options = (a["query"], a["key"], a["value"]), job.attention.options
+        inputs, given = (a["query"], a["key"], a["value"]), options(job, a)
 
         def call() -> Any:
-            output, lse = mha.scaled_dot_product_attention(*inputs, **options, return_lse=True)
-            mha.scaled_dot_product_attention_backward(a["grad_output"], *inputs, output, lse, **options)
-            return output
+            output, lse = mha.scaled_dot_product_attention(*inputs, **given, return_lse=True)
+            gradients = mha.scaled_dot_product_attention_backward(a["grad"], *inputs, output, lse, **given)
+            return output, gradients.query
 
         return call
 
-    def layer(job: Job, a: dict[str, Any]) -> Call:
-        module = mha.MultiHeadAttention(job.sizes[2], job.sizes[3])
+    def module_of(job: Job, a: dict[str, Any], dropout: float = 0.0) -> Any:
+        mha.set_num_threads(job.threads or threads)
+        module = mha.MultiHeadAttention(job.sizes[2], job.sizes[3], dropout, dtype=a["vector"].dtype)
         module.load_state_dict({"io_weight_bias": a["vector"]})
-        module.freeze()
+        return module
+
+    def layer(job: Job, a: dict[str, Any]) -> Call:
+        module = module_of(job, a).freeze()
         return lambda: module(a["x"], a["x"], a["x"])[0]
 
+    def layer_weights(job: Job, a: dict[str, Any]) -> Call:
+        module = module_of(job, a).freeze()
+        return lambda: module(a["x"], a["x"], a["x"], need_weights=True, average_attn_weights=True)
+
+    def layer_training(job: Job, a: dict[str, Any]) -> Call:
+        def call_of(module: Any) -> Call:
+            def call() -> Any:
+                output, _ = module(a["x"], a["x"], a["x"])
+                gradients = module.backward(a["grad"])
+                return output, gradients.query + gradients.key + gradients.value
+
+            return call
+
+        call = call_of(module_of(job, a, _DROPOUT).train())
+        call.checked = call_of(module_of(job, a).train())  # type: ignore[attr-defined]
+        return call
+
     def products(job: Job, a: dict[str, Any]) -> Call:
+        mha.set_num_threads(job.threads or threads)
         left, right = rows_of(a["left"]), rows_of(a["right"])
-        left = left.T if job.kind == "product_of_transposed_left" else left
-        right = right.T if job.kind == "product_of_transposed_right" else right
+        left = left.T if job.transposed == "left" else left
+        right = right.T if job.transposed == "right" else right
         out = np.empty((left.shape[0], right.shape[1]), np.float32)
+        operand = pack(right) if job.prepacked else right
 
         def call() -> Any:
-            product(left, right, rows_of(out))
+            product(left, operand, rows_of(out))
             return out
 
         return call
@@ -65,22 +101,22 @@ def mha_calls(threads: int) -> dict[str, Callable[[Job, dict[str, Any]], Call]]:
         call.before = lambda: module(x, x, x)  # type: ignore[attr-defined]
         return call
 
-    return {"attention": attention, "training": training, "layer": layer, "beside": beside} | dict.fromkeys(
-        ("product", "product_of_transposed_left", "product_of_transposed_right"), products
-    )
+    return {"attention": attention, "training": training, "layer": layer, "layer_weights": layer_weights,
+            "layer_training": layer_training, "product": products, "beside": beside}  # fmt: skip
 
 
-def numpy_calls(threads: int) -> dict[str, Callable[[Job, dict[str, Any]], Call]]:
+def numpy_calls(threads: int) -> Calls:
     """Unfused NumPy, as one writes it."""
 
     def attention(job: Job, a: dict[str, Any]) -> Call:
-        case = job.attention
-        if job.dtype != "float32":
-            raise NotOffered("NumPy has no fast float16")
-        hidden = ~np.tri(case.queries, case.keys, dtype=bool) if case.options.get("is_causal") else None
+        _, heads, kv_heads, queries, keys, d = job.sizes
+        if job.dtype not in ("float32", "float64") or job.mask or heads != kv_heads:
+            raise NotOffered("only plain float32 and float64 attention is compared")
+        hidden = ~np.tri(queries, keys, dtype=bool) if job.causal else None
+        scale = a["query"].dtype.type(d**-0.5)
 
         def call() -> Any:
-            scores = a["query"] @ a["key"].swapaxes(-1, -2) * np.float32(case.head_dim**-0.5)
+            scores = a["query"] @ a["key"].swapaxes(-1, -2) * scale
             if hidden is not None:
                 scores[..., hidden] = -np.inf
             scores -= scores.max(axis=-1, keepdims=True)
@@ -91,6 +127,8 @@ def numpy_calls(threads: int) -> dict[str, Callable[[Job, dict[str, Any]], Call]
         return call
 
     def layer(job: Job, a: dict[str, Any]) -> Call:
+        if job.dtype != "float32":
+            raise NotOffered("only float32 layers are compared")
         n, length, width, heads = job.sizes
         weights = a["vector"][: 4 * width * width].reshape(4, width, width)
         biases = a["vector"][4 * width * width :].reshape(4, width)
@@ -105,79 +143,114 @@ def numpy_calls(threads: int) -> dict[str, Callable[[Job, dict[str, Any]], Call]
         return call
 
     def products(job: Job, a: dict[str, Any]) -> Call:
-        left, right = a["left"], a["right"]
-        left = left.T if job.kind == "product_of_transposed_left" else left
-        right = right.T if job.kind == "product_of_transposed_right" else right
+        left = a["left"].T if job.transposed == "left" else a["left"]
+        right = a["right"].T if job.transposed == "right" else a["right"]
+        out = np.empty((left.shape[0], right.shape[1]), np.float32)
+        return lambda: np.matmul(left, right, out=out)
 
-        def call() -> Any:
-            return left @ right
-
-        return call
-
-    kinds = ("product", "product_of_transposed_left", "product_of_transposed_right", "beside")
-    return {"attention": attention, "layer": layer} | dict.fromkeys(kinds, products)
+    return {"attention": attention, "layer": layer, "product": products, "beside": products}
 
 
-def torch_calls(threads: int) -> dict[str, Callable[[Job, dict[str, Any]], Call]]:
+def torch_calls(threads: int) -> Calls:
     """PyTorch on the CPU."""
     import torch
 
     torch.set_num_threads(threads)
     core = torch.nn.functional.scaled_dot_product_attention
 
+    def tensor(x: Any) -> Any:
+        if x.dtype.name == "bfloat16":
+            return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(x)
+
+    def options(job: Job, a: dict[str, Any]) -> dict[str, Any]:
+        given: dict[str, Any] = {"is_causal": job.causal, "enable_gqa": job.sizes[1] != job.sizes[2]}
+        if job.mask == "window":
+            row, column = torch.arange(job.sizes[3])[:, None], torch.arange(job.sizes[4])
+            given["attn_mask"] = (column <= row) & (column >= row - WINDOW)
+        if "attn_mask" in a:
+            given["attn_mask"] = tensor(a["attn_mask"])
+        return given
+
     def attention(job: Job, a: dict[str, Any]) -> Call:
-        tensors = [torch.from_numpy(a[name]) for name in ("query", "key", "value")]
+        tensors, given = [tensor(a[name]) for name in ("query", "key", "value")], options(job, a)
 
         def call() -> Any:
             with torch.inference_mode():
-                return core(*tensors, **job.attention.options)
+                return core(*tensors, **given)
 
         return call
 
     def training(job: Job, a: dict[str, Any]) -> Call:
-        tensors = [torch.tensor(a[name], requires_grad=True) for name in ("query", "key", "value")]
-        grad = torch.from_numpy(a["grad_output"])
+        tensors = [tensor(a[name]).requires_grad_() for name in ("query", "key", "value")]
+        grad, given = tensor(a["grad"]), options(job, a)
 
         def call() -> Any:
-            output = core(*tensors, **job.attention.options)
-            output.backward(grad)
-            return output.detach()
+            output = core(*tensors, **given)
+            return output.detach(), torch.autograd.grad(output, tensors, grad)[0]
 
         return call
 
-    def layer(job: Job, a: dict[str, Any]) -> Call:
+    def module_of(job: Job, a: dict[str, Any], dropout: float = 0.0) -> Any:
         width, heads = job.sizes[2:]
         from mha import PackedLayout, convert
 
         layout = PackedLayout(width, heads, qbias=True, kbias=True, vbias=True, obias=True)
         state = convert.to_torch(convert.PackedParameters(a["vector"], layout))
-        module = torch.nn.MultiheadAttention(width, heads, batch_first=True).eval()
-        module.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
-        x = torch.from_numpy(a["x"])
+        module = torch.nn.MultiheadAttention(width, heads, dropout, batch_first=True, dtype=tensor(a["vector"]).dtype)
+        module.load_state_dict({name: tensor(value) for name, value in state.items()})
+        return module
+
+    def layer(job: Job, a: dict[str, Any]) -> Call:
+        module, x, wanted = module_of(job, a).eval(), tensor(a["x"]), job.kind == "layer_weights"
 
         def call() -> Any:
             with torch.inference_mode():
-                return module(x, x, x, need_weights=False)[0]
+                output, weights = module(x, x, x, need_weights=wanted)
+                return (output, weights) if wanted else output
 
         return call
 
-    return {"attention": attention, "training": training, "layer": layer}
+    def layer_training(job: Job, a: dict[str, Any]) -> Call:
+        x, grad = tensor(a["x"]).requires_grad_(), tensor(a["grad"])
+
+        def call_of(module: Any) -> Call:
+            wanted = [x, *module.parameters()]
+
+            def call() -> Any:
+                output = module(x, x, x, need_weights=False)[0]
+                return output.detach(), torch.autograd.grad(output, wanted, grad)[0]
+
+            return call
+
+        call = call_of(module_of(job, a, _DROPOUT).train())
+        call.checked = call_of(module_of(job, a).train())  # type: ignore[attr-defined]
+        return call
+
+    def products(job: Job, a: dict[str, Any]) -> Call:
+        left, right = tensor(a["left"]), tensor(a["right"])
+        left = left.T if job.transposed == "left" else left
+        right = right.T if job.transposed == "right" else right
+        out = torch.empty((left.shape[0], right.shape[1]))
+        return lambda: torch.mm(left, right, out=out)
+
+    return {"attention": attention, "training": training, "layer": layer, "layer_weights": layer,
+            "layer_training": layer_training, "product": products}  # fmt: skip
 
 
-def onnxruntime_calls(threads: int) -> dict[str, Callable[[Job, dict[str, Any]], Call]]:
+def onnxruntime_calls(threads: int) -> Calls:
     """onnxruntime's MultiHeadAttention, a model of one node."""
     import onnxruntime
     from onnx import TensorProto, helper
 
     def attention(job: Job, a: dict[str, Any]) -> Call:
-        case = job.attention
-        if case.options or job.dtype != "float32":
+        n, heads, kv_heads, queries, _, d = job.sizes
+        if job.causal or job.mask or job.dtype != "float32" or heads != kv_heads:
             raise NotOffered("only plain float32 attention is compared")
-        flat = [np.ascontiguousarray(a[n].swapaxes(1, 2)).reshape(case.batch, -1, case.heads * case.head_dim)
-                for n in ("query", "key", "value")]  # fmt: skip
-        values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in ("q", "k", "v", "o")]
-        node = helper.make_node("MultiHeadAttention", ["q", "k", "v"], ["o"], domain="com.microsoft",
-                                num_heads=case.heads)  # fmt: skip
+        flat = [np.ascontiguousarray(a[name].swapaxes(1, 2)).reshape(n, -1, heads * d)
+                for name in ("query", "key", "value")]  # fmt: skip
+        values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("q", "k", "v", "o")]
+        node = helper.make_node("MultiHeadAttention", ["q", "k", "v"], ["o"], domain="com.microsoft", num_heads=heads)
         graph = helper.make_graph([node], "attention", values[:3], values[3:])
         opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
@@ -188,16 +261,28 @@ def onnxruntime_calls(threads: int) -> dict[str, Callable[[Job, dict[str, Any]],
 
         def call() -> Any:
             out = session.run(None, feed)[0]
-            return out.reshape(case.batch, case.queries, case.heads, -1).swapaxes(1, 2)
+            return out.reshape(n, queries, heads, -1).swapaxes(1, 2)
 
         return call
 
     return {"attention": attention}
 
 
-LIBRARIES = {"mha": mha_calls, "numpy": numpy_calls, "torch": torch_calls, "onnxruntime": onnxruntime_calls}
+LIBRARIES: dict[str, Callable[[int], Calls]] = {
+    "mha": mha_calls,
+    "numpy": numpy_calls,
+    "torch": torch_calls,
+    "onnxruntime": onnxruntime_calls,
+}
 
 
-def plain(result: Any) -> Any:
-    """A NumPy array of any library's result."""
-    return result.numpy() if hasattr(result, "numpy") else np.asarray(result)
+def plain(result: Any) -> tuple[Any, ...]:
+    """NumPy arrays of any library's results."""
+    results = result if isinstance(result, tuple) else (result,)
+    return tuple(_array(x) for x in results)
+
+
+def _array(x: Any) -> Any:
+    if not hasattr(x, "numpy"):
+        return np.asarray(x)
+    return x.float().numpy() if str(x.dtype) == "torch.bfloat16" else x.numpy()

@@ -1,18 +1,24 @@
-"""Rows of the table, as text."""
+"""Rows of the table, the goals, and the file of results."""
 
 from __future__ import annotations
 
+import json
+import platform
+import subprocess
+from datetime import date
+from pathlib import Path
 from typing import Any
 
 COLUMNS = ("case", "us", "GFLOP/s", "of peak", "of SGEMM", "extra MB", "error")
+RESULTS = Path(__file__).parent / "results"
 
 
-def row_of(result: dict[str, Any], peak: float, sgemm: float) -> list[str]:
+def row_of(result: dict[str, Any], limits: dict[str, float]) -> list[str]:
     """Our figures; `ratios` are the cells that follow."""
     ours = result["libraries"].get("mha")
     if ours is None:
         return [result["job"], *[""] * (len(COLUMNS) - 1)]
-    extra = ours["extra_bytes"]
+    extra, peak, sgemm = ours["extra_bytes"], limits.get("peak"), limits.get("sgemm")
     return [
         result["job"],
         f"{ours['best'] * 1e6:.0f}",
@@ -20,7 +26,7 @@ def row_of(result: dict[str, Any], peak: float, sgemm: float) -> list[str]:
         f"{ours['gflops'] / peak:.0%}" if peak else "",
         f"{ours['gflops'] / sgemm:.0%}" if sgemm else "",
         "" if extra is None else f"{extra / 2**20:.1f}",
-        f"{ours['error']:.0e}",
+        f"{ours['rms']:.0e}",
     ]
 
 
@@ -49,3 +55,54 @@ def table(rows: list[list[str]], header: list[str]) -> str:
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def goal_table(found: list[dict[str, Any]]) -> str:
+    """One line a goal: what the figures come to, the worst of them, and how the goal stands."""
+    rows = []
+    for one in found:
+        if one["mean"] is None:
+            rows.append([one["what"], "-", "-", one["goal"], "not measured"])
+            continue
+        verdict = {True: "met", False: "MISSED", None: ""}[one["met"]]
+        worst = f"{one['figures'][one['worst']]:.2f} ({one['worst']})"
+        rows.append([one["what"], f"{one['mean']:.2f}", worst, one["goal"], verdict])
+    return table(rows, ["goal", "mean", "worst", "wanted", ""])
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """Of everything that has a part in the figures."""
+    import numpy as np
+
+    import mha
+    from mha.cpu import load
+
+    root = Path(__file__).parents[1]
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True).stdout.strip()
+    return {
+        "date": date.today().isoformat(), "commit": commit, "processor": _processor(), "threads": threads,
+        "level": load.chosen_level(), "mha": mha.__version__, "python": platform.python_version(),
+        "numpy": np.__version__,
+    }  # fmt: skip
+
+
+def _processor() -> str:
+    """The model's name, with its number where the name is only the maker's."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    name = fields.get("model name", platform.machine())
+    return f"{name} (family {fields['cpu family']} model {fields['model']})" if "cpu family" in fields else name
+
+
+def write(facts: dict[str, Any], limits: dict[str, float], results: list[dict[str, Any]], goals: list[dict[str, Any]],
+          folder: Path = RESULTS) -> Path:  # fmt: skip
+    """The JSON file with everything."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "".join(c if c.isalnum() else "-" for c in facts["processor"].lower()).strip("-")
+    path = folder / f"cpu-{name}-{facts['level']}-{facts['threads']}-threads-{facts['date']}.json"
+    contents = {"machine": facts, "limits": limits, "goals": goals, "jobs": results}
+    path.write_text(json.dumps(contents, indent=1) + "\n")
+    return path

@@ -17,7 +17,7 @@ from typing import Any
 
 from bench.cases import Job, jobs
 from bench.libraries import LIBRARIES, NotOffered, plain
-from bench.truth import TOLERANCE, relative_error
+from bench.truth import TOLERANCE, errors
 
 
 def main() -> None:
@@ -53,14 +53,17 @@ def _prepare(job: Job, calls: dict[str, Any]) -> tuple[Callable[[], Any], dict[s
         raise NotOffered(f"no {job.kind}")
     arrays = job.inputs()
     call = calls[job.kind](job, arrays)
+    made = plain(getattr(call, "checked", call)())
+    found = errors(job, arrays, made)
+    if not found.largest <= TOLERANCE[job.dtype]:
+        raise SystemExit(f"{job.name}: relative error {found.largest:.2g}: a wrong result is not timed")
+    results = sum(x.nbytes for x in made)
+    del made
     call()
     floor = _reset_peak()
-    result = plain(call())
-    extra = None if floor is None else max(0, (_peak() or 0) - floor - result.nbytes)
-    error = relative_error(job, arrays, result)
-    if not error <= TOLERANCE[job.dtype]:
-        raise SystemExit(f"{job.name}: relative error {error:.2g}: a wrong result is not timed")
-    return call, {"error": error, "extra_bytes": extra}
+    call()
+    extra = None if floor is None else max(0, (_peak() or 0) - floor - results)
+    return call, {"error": found.largest, "rms": found.rms, "extra_bytes": extra}
 
 
 def _time(call: Callable[[], Any], seconds: float) -> list[float]:

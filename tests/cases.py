@@ -1,4 +1,4 @@
-"""The case table: one list of attention problems that the tests check and the benchmark times.
+"""The case table: one list of attention problems that the tests check.
 
 A case is data. `inputs` makes its arrays, seeded by its name; `attend` calls the package with them.
 """
@@ -39,12 +39,6 @@ class Case:
     @property
     def value_width(self) -> int:
         return self.head_dim if self.v_head_dim is None else self.v_head_dim
-
-    @property
-    def flops(self) -> int:
-        """Of the forward: 4 N H L S D, halved under a causal mask."""
-        full = 2 * self.batch * self.heads * self.queries * self.keys * (self.head_dim + self.value_width)
-        return full // 2 if self.options.get("is_causal") else full
 
     def inputs(self, dtype: Any = np.float32) -> dict[str, Any]:
         """query, key, value, grad_output, and the mask arrays that the case has."""
@@ -155,23 +149,12 @@ def _shapes() -> list[Case]:
     return cases
 
 
-def _real() -> list[Case]:
-    shapes = [(1, 12, 128, 64), (8, 12, 128, 64), (1, 12, 512, 64), (1, 16, 2048, 128)]
-    cases = [Case(f"real_{n}x{h}x{s}x{d}", "real", n, h, None, s, s, d) for n, h, s, d in shapes]
-    causal = [(4, 12, 512, 64), (1, 16, 2048, 128), (1, 8, 4096, 64)]
-    cases += [Case(f"real_causal_{n}x{h}x{s}x{d}", "real", n, h, None, s, s, d, options={"is_causal": True})
-              for n, h, s, d in causal]  # fmt: skip
-    cases += [Case(f"real_decode_{n}x{h}x{s}x{d}", "real", n, h, None, 1, s, d) for n, h, s, d in
-              [(1, 32, 2048, 128), (8, 32, 2048, 128)]]  # fmt: skip
-    return cases
-
-
-CASES = [*_edges(), *_masks(), *_shapes(), *_real()]
+CASES = [*_edges(), *_masks(), *_shapes()]
 BY_NAME = {case.name: case for case in CASES}
 
 
 def in_groups(*groups: str) -> list[Case]:
-    """The cases of these groups: "edge", "mask", "shape", "real"."""
+    """The cases of these groups: "edge", "mask", "shape"."""
     return [case for case in CASES if case.group in groups]
 
 

@@ -14,36 +14,53 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench.cases import Job, jobs  # noqa: E402
-from bench.report import table  # noqa: E402
-from bench.truth import TOLERANCE, relative_error  # noqa: E402
+from bench.goals import GOALS, Goal, against  # noqa: E402
+from bench.libraries import mha_calls, plain  # noqa: E402
+from bench.report import goal_table, table  # noqa: E402
+from bench.truth import TOLERANCE, errors  # noqa: E402
 
 
 def test_a_run_prints_a_ratio_and_writes_json(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
-    command = [sys.executable, "-m", "bench", "--cases", "layer 1x16*", "--rivals", "numpy", "--rounds", "1",
+    command = [sys.executable, "-m", "bench", "--cases", "layer 1x16x256x8", "--rivals", "numpy", "--rounds", "1",
                "--seconds", "0.01", "--json", str(path)]  # fmt: skip
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert "numpy/ours" in run.stdout
     row = json.loads(path.read_text())
     assert set(row["libraries"]) == {"mha", "numpy"}
-    assert 0 < row["libraries"]["mha"]["error"] < TOLERANCE["float32"]
+    assert 0 < row["libraries"]["mha"]["rms"] < row["libraries"]["mha"]["error"] < TOLERANCE["float32"]
 
 
-@pytest.mark.parametrize("kind", ["layer", "product", "attention"])
-def test_a_wrong_result_is_noticed(kind: str) -> None:
-    job = next(job for job in jobs() if job.kind == kind)
+JOBS = [
+    Job("attention", "attention", (2, 4, 4, 60, 70, 16)),
+    Job("causal", "attention", (2, 4, 4, 60, 60, 16), causal=True),
+    Job("padding", "attention", (2, 4, 4, 60, 60, 16), mask="padding"),
+    Job("bias", "attention", (2, 4, 4, 60, 60, 16), mask="bias"),
+    Job("window", "attention", (1, 2, 2, 400, 400, 16), mask="window"),
+    Job("decode", "attention", (2, 4, 1, 1, 300, 16)),
+    Job("bfloat16", "attention", (2, 4, 4, 60, 60, 16), "bfloat16"),
+    Job("float64", "attention", (2, 4, 4, 60, 60, 16), "float64"),
+    Job("training", "training", (2, 4, 4, 60, 60, 16), causal=True),
+    Job("layer", "layer", (2, 20, 32, 4)),
+    Job("layer_weights", "layer_weights", (2, 20, 32, 4)),
+    Job("layer_training", "layer_training", (2, 20, 32, 4)),
+    Job("product", "product", (20, 30, 40)),
+    Job("left", "product", (20, 30, 40), transposed="left"),
+    Job("right", "product", (20, 30, 40), transposed="right", prepacked=True),
+]
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
+def test_a_wrong_result_is_noticed(job: Job) -> None:
     arrays = job.inputs()
-    if kind == "product":
-        right = arrays["left"] @ arrays["right"]
-    else:
-        from bench.libraries import mha_calls
-
-        right = mha_calls(1)[kind](job, arrays)()
-    assert relative_error(job, arrays, right) < TOLERANCE["float32"]
-    wrong = right.copy()
-    wrong[..., 0] += np.float32(1e-2) * np.abs(right).max()
-    assert relative_error(job, arrays, wrong) > TOLERANCE["float32"]
+    call = mha_calls(1)[job.kind](job, arrays)
+    right = plain(getattr(call, "checked", call)())
+    assert errors(job, arrays, right).largest < TOLERANCE[job.dtype]
+    for i in range(len(right)):
+        wrong = [x.astype("f8") for x in right]
+        wrong[i][..., 0] += 0.1 * np.abs(wrong[i]).max()
+        assert errors(job, arrays, tuple(wrong)).largest > TOLERANCE[job.dtype]
 
 
 def test_names_are_unique_and_flops_positive() -> None:
@@ -51,6 +68,33 @@ def test_names_are_unique_and_flops_positive() -> None:
     assert len(set(names)) == len(names)
     assert all(job.flops > 0 for job in jobs())
     assert Job("x", "product", (2, 3, 5)).flops == 60
+    assert Job("x", "attention", (1, 4, 2, 1, 10, 8), "float16").read_bytes == 2 * 2 * 10 * 8 * 2
+
+
+def test_goals_have_jobs_of_the_table() -> None:
+    names = {job.name for job in jobs()}
+    assert all(job.name in names for goal in GOALS for job in goal.jobs)
+
+
+def test_a_goal_is_met_by_its_mean_and_its_worst() -> None:
+    both = [Job("a", "product", (2, 2, 2)), Job("b", "product", (2, 2, 2))]
+    goal = Goal("g", both, against("torch", "numpy"), least=1.5, floor=1.0)
+
+    def found(a: float, b: float) -> dict:
+        return goal.found({name: {"libraries": {"mha": {"best": 1.0}, "torch": {"best": t}, "numpy": {"best": 9.0}}}
+                           for name, t in (("a", a), ("b", b))}, {})  # fmt: skip
+
+    assert found(4.0, 1.0)["met"] is True
+    assert found(4.0, 0.9)["met"] is False
+    assert found(1.4, 1.4)["met"] is False
+    assert found(4.0, 1.0)["mean"] == pytest.approx(2.0)
+    assert goal.found({}, {})["met"] is None
+    lines = goal_table([found(4.0, 0.9), goal.found({}, {})]).splitlines()
+    assert "MISSED" in lines[2]
+    assert "0.90 (b)" in lines[2]
+    assert "not measured" in lines[3]
+    cost = Goal("c", both[:1], lambda job, results, limits: 1.3, most=1.2)
+    assert cost.found({}, {})["met"] is False
 
 
 def test_the_table_is_aligned() -> None:

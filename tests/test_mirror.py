@@ -17,7 +17,7 @@ CUDA = {path.stem for path in (ROOT / "cupy_kernels").iterdir() if path.suffix i
 #: Stems of one side alone, and why.
 CPU_ONLY = {
     "product": "projections on the GPU are cuBLAS's",
-    "fma_peak": "for the bench: the GPU's ceilings are measured with cuBLAS and copies",
+    "yardstick": "for the bench: the GPU's ceilings are measured with cuBLAS and copies",
     "runtime": "OpenMP and the processor's features",
     "schedule": "sharing work out among threads; on the GPU the hardware does it",
     "vec": "vector arithmetic that CUDA C++ has",

@@ -1,0 +1,39 @@
+"""The limits that figures are shares of, measured in the same run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+#: More than the caches of a large processor hold.
+_READ_BYTES = 2**29
+
+
+def fma_peak(threads: int) -> float:
+    """GFLOP/s of float32 multiply-adds from register to register on all threads."""
+    from mha.cpu import load
+
+    kernel = load.kernels(load.chosen_level()).fma_rounds
+    return threads * _best(lambda: int(kernel(2_000_000)))
+
+
+def read_bandwidth(threads: int, count: int = _READ_BYTES) -> float:
+    """GB/s at which the threads together read this many bytes, over and over."""
+    from mha.cpu import load
+
+    kernel = load.kernels(load.chosen_level()).read_all
+    x = np.ones(count // 4, np.float32)
+    repeats = max(1, _READ_BYTES // count)
+    return _best(lambda: sum(int(kernel(x, threads)) for _ in range(repeats)))
+
+
+def _best(run: Callable[[], int], repeats: int = 7) -> float:
+    """Billions of whatever `run` counts, a second."""
+    best = 0.0
+    for _ in range(repeats):
+        start = time.perf_counter()
+        count = run()
+        best = max(best, count / (time.perf_counter() - start) * 1e-9)
+    return best
