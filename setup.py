@@ -114,7 +114,7 @@ def _extension(name: str, source: Path, flags: list[str]) -> Extension:
 os.chdir(ROOT)
 wanted = os.environ.get("MHA_BUILD_LEVELS", ",".join(LEVELS)).split(",")
 extensions = [kernel_extension(level, LEVELS[level]) for level in wanted]
-extensions.append(_extension("mha.cpu._runtime", ROOT / "pyx" / "runtime.pyx", []))
+extensions += [_extension(f"mha.cpu._{name}", ROOT / "pyx" / f"{name}.pyx", []) for name in ("runtime", "replay")]
 setup(
     ext_modules=cythonize(extensions, include_path=["pyx"], compiler_directives=DIRECTIVES, build_dir="build/cython"),
     cmdclass={"build_ext": BuildKernels, "build_py": BuildPackages},

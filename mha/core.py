@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 
 from mha import masks
+from mha.cpu.replay import repeat
 from mha.dispatch import backend_for
 from mha.exchange import in_kind
 from mha.mask_checks import Window
@@ -102,15 +103,22 @@ def scaled_dot_product_attention(
     2022). A key hidden from a query leaks nothing to it, NaN and inf included. Arrays that export DLPack (PyTorch, JAX)
     are taken without a copy and answered in kind.
     """
-    problem = _problem(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, softcap,
-                       causal_offset, key_lengths, query_lengths, _drawn(dropout_p, dropout_state))  # fmt: skip
-    output, lse, _ = backend_for(problem).attention_forward(problem)
-    shape = (*problem.batch_shape, *output.shape[-3:])
-    if query.ndim == key.ndim == value.ndim == 2:
-        output, lse = output[0], lse[0]
-    else:
-        output = output.reshape(shape)
-    return (output, lse) if return_lse else output
+    options = (dropout_p, is_causal, scale, enable_gqa, window, softcap, causal_offset)
+
+    def call(query: Array, key: Array, value: Array) -> Any:
+        state = _drawn(dropout_p, dropout_state)
+        problem = _problem(query, key, value, attn_mask, *options, key_lengths, query_lengths, state)
+        output, lse, _ = backend_for(problem).attention_forward(problem)
+        shape = (*problem.batch_shape, *output.shape[-3:])
+        if query.ndim == key.ndim == value.ndim == 2:
+            output, lse = output[0], lse[0]
+        else:
+            output = output.reshape(shape)
+        return (output, lse) if return_lse else output
+
+    if attn_mask is None and key_lengths is None and query_lengths is None and dropout_p == 0:
+        return repeat(call, (query, key, value), ("attention", return_lse, *options))
+    return call(query, key, value)
 
 
 @in_kind

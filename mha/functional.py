@@ -152,11 +152,11 @@ def multi_head_attention(
     without or beside masks, cuDNN-style masks, no keys. Arrays that export DLPack (PyTorch, JAX) are taken without a
     copy and answered in kind.
     """
-    options = dict(locals())
-    call = PackedCall.build(**{name: options[name] for name in PackedCall.PARAMETERS})
-    output, weights = call.forward()
-    reserve = call.reserve() if training else (None, None)
-    return MultiHeadAttentionResult(output, weights, *reserve)
+    parameters = dict(locals())
+    if not training:
+        return MultiHeadAttentionResult(*PackedCall.evaluate({}, **parameters), None, None)
+    call = PackedCall.build(**parameters)
+    return MultiHeadAttentionResult(*call.forward(), *call.reserve())
 
 
 @in_kind

@@ -36,11 +36,6 @@ class Matrix(NamedTuple):
         """As a two-dimensional array: a view if the axes permit, else a copy."""
         return self.array.transpose(*self.row_axes, *self.column_axes).reshape(self.shape)
 
-    def add_to_rows(self, row: Array) -> None:
-        """Add a vector of as many elements as there are columns to every row."""
-        shape = [size if axis in self.column_axes else 1 for axis, size in enumerate(self.array.shape)]
-        self.array[...] += row.reshape(shape)
-
     def assign(self, value: Array) -> None:
         """Write a two-dimensional array into the matrix."""
         axes = (*self.row_axes, *self.column_axes)

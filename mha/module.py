@@ -134,7 +134,7 @@ class MultiHeadAttention:
         attn_output_weights : (N*H, L, T) array, averaged (N, L, T), or None
         """
         layout = self.layout
-        call = PackedCall.build(
+        parameters = dict(
             query=query, key=key, value=value, embed_dim=layout.embed_dim, num_heads=layout.num_heads,
             attn_drop=self.attn_dropout, out_drop=self.out_dropout, io_weight_bias=self.io_weight_bias,
             qproj_size=layout.qproj_size, kproj_size=layout.kproj_size, vproj_size=layout.vproj_size,
@@ -145,9 +145,12 @@ class MultiHeadAttention:
             maybe_cudnn_style_mask=maybe_cudnn_style_mask, reslink=False, training=self.training,
             num_kv_heads=layout.num_kv_heads, scale=self.scale, window=None, softcap=None, causal_offset=0,
         )  # fmt: skip
-        call.call.weights |= self._packed
+        if not self.training:
+            self._latest.keep(None)
+            return PackedCall.evaluate(self._packed, **parameters)
+        call = PackedCall.build(**parameters)
         result = call.forward()
-        self._latest.keep(call if self.training else None)
+        self._latest.keep(call)
         return result
 
     @in_kind

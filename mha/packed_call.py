@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 from numpy.typing import NDArray
 
 from mha import front, layer
+from mha.cpu.replay import repeat
 from mha.mask_checks import Sizes
 from mha.masks import float_masks, for_multi_head_attention
 from mha.optional import array_module
@@ -27,6 +30,13 @@ class PackedCall:
         "add_zero_attn", "key_padding_mask", "attn_mask", "need_weights", "average_attn_weights", "is_causal",
         "maybe_cudnn_style_mask", "reslink", "training", "num_kv_heads", "scale", "window", "softcap", "causal_offset",
     )  # fmt: skip
+
+    #: Arrays that few calls have, and what makes a call depend on more than shapes: such calls are not repeated.
+    _RARE: ClassVar[tuple[str, ...]] = (
+        "bias_k", "bias_v", "key_padding_mask", "attn_mask", "add_zero_attn", "need_weights", "training",
+    )  # fmt: skip
+    _ARRAYS: ClassVar[tuple[str, ...]] = ("query", "key", "value", "io_weight_bias")
+    _OPTIONS: ClassVar[tuple[str, ...]] = tuple(sorted({*PARAMETERS} - {*_RARE} - {*_ARRAYS}))
 
     call: layer.LayerCall
     layout: PackedLayout
@@ -79,6 +89,32 @@ class PackedCall:
             average=bool(p["average_attn_weights"]), float_masks=float_masks(**masks, sizes=sizes),
         )  # fmt: skip
         return cls(call, layout, vector, masks, batched)
+
+    @classmethod
+    def evaluate(cls, packed: Mapping[str, Any], **p: Any) -> tuple[Array, Array | None]:
+        """Output and weights of a call that no backward follows.
+
+        `packed` are weights as a backend's `pack` has made them, by the names of the layout. A plain call that has been
+        made before with arrays of such shapes is repeated without any of the checks, which its shapes have passed.
+        """
+        arrays = [p[name] for name in cls._ARRAYS]
+        rare = any(p[name] is not None and p[name] is not False for name in cls._RARE)
+        if rare or type(arrays[0]) is not np.ndarray:
+            return cls._evaluated(packed, p)
+        names = tuple(packed)
+
+        def call(*arrays: Array) -> tuple[Array, Array | None]:
+            there = {name: packed[name]._replace(memory=x) for name, x in zip(names, arrays[4:], strict=True)}
+            return cls._evaluated(there, p | dict(zip(cls._ARRAYS, arrays, strict=False)))
+
+        held = (*arrays, *(matrix.memory for matrix in packed.values()))
+        return repeat(call, held, ("packed", names, *map(p.__getitem__, cls._OPTIONS)))
+
+    @classmethod
+    def _evaluated(cls, packed: Mapping[str, Any], p: Mapping[str, Any]) -> tuple[Array, Array | None]:
+        call = cls.build(**p)
+        call.call.weights |= packed
+        return call.forward()
 
     def reserve(self) -> tuple[Any, Any]:
         """The two reserve spaces: dropout states, and this call."""

@@ -30,17 +30,27 @@ _INTEGER = struct.Struct("@q")
 
 
 class Table:
-    """The fields of a struct, flattened: a member of a nested struct is `outer.inner`."""
+    """The fields of a struct, flattened: a member of a nested struct is `outer.inner`.
 
-    def __init__(self, names: Iterable[str], doubles: frozenset[str] = frozenset()) -> None:
+    `pointers` are those that hold addresses.
+    """
+
+    def __init__(
+        self, names: Iterable[str], doubles: frozenset[str] = frozenset(), pointers: frozenset[str] = frozenset()
+    ) -> None:
         self.names = tuple(names)
         self.doubles = doubles
+        self.pointers = pointers | {name for name in self.names if name.endswith((".data", ".offsets"))}
         self.index = {name: i for i, name in enumerate(self.names)}
         self._struct = struct.Struct("@" + "".join("d" if name in doubles else "q" for name in self.names))
 
     def pack(self, values: list[Any]) -> bytearray:
         """The block that a kernel takes."""
         return bytearray(self._struct.pack(*values))
+
+    def unpack(self, block: bytes) -> tuple[Any, ...]:
+        """The values of a packed block, in the order of `names`."""
+        return self._struct.unpack(block)
 
     def put(self, block: bytearray, name: str, value: int) -> None:
         """Change one whole number of a packed block."""
@@ -73,6 +83,10 @@ ATTENTION = Table(
         *("main_thread", "scratch", "scratch_bytes"),
     ],
     doubles=frozenset({"operand_scale", "score_scale", "softcap", "keep_scale", "grad_weights_scale"}),
+    pointers=frozenset(
+        {"lse", "shift", "row_scale", "delta", "offset", "row_low", "row_high", "key_lengths", "query_lengths",
+         "key_keep", "key_bias", "partials", "scratch"}
+    ),
 )  # fmt: skip
 
 PRODUCT = Table(
@@ -80,8 +94,9 @@ PRODUCT = Table(
         *("m", "n", "k"),
         *_nested(("left", "right", "out"), MATRIX_FIELDS),
         *("bias", "threads", "vectors", "row_block", "panels", "k_block", "right_lies"),
-        *("main_thread", "packed", "scratch", "scratch_bytes"),
-    ]
+        *("bias_by_rows", "main_thread", "packed", "scratch", "scratch_bytes"),
+    ],
+    pointers=frozenset({"bias", "packed", "scratch"}),
 )
 
 NORM = Table(
@@ -93,4 +108,5 @@ NORM = Table(
         *("threads", "row_block", "partials", "main_thread", "scratch", "scratch_bytes"),
     ],
     doubles=frozenset({"epsilon", "keep_scale"}),
+    pointers=frozenset({"scale", "bias", "grad_scale", "grad_bias", "partials", "scratch"}),
 )

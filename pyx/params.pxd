@@ -100,7 +100,7 @@ cdef struct MatrixView:
     int64_t column_inner
 
 cdef struct ProductParams:
-    # out[m][n] = sum over k of left[m][k] * right[k][n], + bias[n]
+    # out[m][n] = sum over k of left[m][k] * right[k][n], + bias[n] or bias[m]
     int64_t m
     int64_t n
     int64_t k
@@ -114,6 +114,7 @@ cdef struct ProductParams:
     int64_t panels                  # panels of columns in a work item
     int64_t k_block
     int64_t right_lies              # 0: to be packed first; 1: used where it lies; 2: packed already
+    int64_t bias_by_rows            # whether the bias has a value for each row, not each column
     int64_t main_thread
     char* packed                    # `right` in panels, or room for it
     char* scratch

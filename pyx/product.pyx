@@ -150,10 +150,12 @@ cdef void product_item(const ProductParams* p, ProductScratch* scratch, int64_t 
         out = <real*>scratch.out + (panel - first_panel) * p.row_block * width
         if p.k == 0:
             memset(out, 0, rows * width * sizeof(real))
-        if p.bias != NULL:
+        if p.bias != NULL and not p.bias_by_rows:
             load_vector(<int>p.right.storage, p.bias, panel * width, 1, columns, bias, 1)
         for t in range(rows):
             if p.bias != NULL:
+                if p.bias_by_rows:
+                    load_vector(<int>p.right.storage, p.bias, i + t, 0, columns, bias, 1)
                 for k in range(columns):
                     out[t * width + k] += bias[k]
             store_row(&p.out, i + t, panel * width, columns, out + t * width)

@@ -84,8 +84,9 @@ SLACK = 30_000
 
 
 def peak(function: Any) -> int:
-    """Bytes that NumPy and Python allocate at most, less what was there before."""
-    function()
+    """Bytes that NumPy and Python allocate at most, less what was there before; recording a call takes more, once."""
+    for _ in range(3):
+        function()
     tracemalloc.start()
     try:
         results = function()

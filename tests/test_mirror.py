@@ -20,6 +20,7 @@ CPU_ONLY = {
     "yardstick": "for the bench: the GPU's ceilings are measured with cuBLAS and copies",
     "runtime": "OpenMP and the processor's features",
     "schedule": "sharing work out among threads; on the GPU the hardware does it",
+    "replay": "launches of a recorded call; the GPU has CUDA graphs",
     "vec": "vector arithmetic that CUDA C++ has",
     "half": "conversions that are instructions on the GPU, in prim",
 }

@@ -55,6 +55,7 @@ def test_fields_and_their_order_agree(struct: str, table: Table) -> None:
     declared = flattened(struct)
     assert [field for _, field in declared] == list(table.names)
     assert {field for kind, field in declared if kind == "double"} == set(table.doubles)
+    assert {field for kind, field in declared if kind.endswith("*")} == set(table.pointers)
 
 
 def test_every_field_is_eight_bytes_wide() -> None:

@@ -181,9 +181,7 @@ def product(left: Matrix, right: Matrix | launch.PackedMatrix, out: Matrix, bias
     x = right.array
     in_computing = x.dtype == left.array.dtype == out.array.dtype == computing
     if turn_round(m, n, in_computing and _contiguous(right, right.row_axes), facts):
-        launch.product(right.T, left.T, out.T, None, plan_product(n, m, k, False, facts), facts)
-        if bias is not None:
-            out.add_to_rows(bias)
+        launch.product(right.T, left.T, out.T, bias, plan_product(n, m, k, False, facts), facts, bias_by_rows=True)
         return
     in_place = (
         x.dtype == computing and len(right.row_axes) == 1 and n % facts.lanes == 0

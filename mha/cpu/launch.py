@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mha.block import Block, element_strides, fill_attention, fill_norm
-from mha.cpu import load
+from mha.cpu import load, replay
 from mha.cpu.plan import AttentionPlan, Facts, ProductPlan, RowsPlan
 from mha.cpu.threads import get_num_threads
 from mha.matrix import Matrix
@@ -30,7 +30,6 @@ class PackedMatrix(NamedTuple):
 
     matrix: Matrix
     memory: Array
-    address: int
     kernels: ModuleType
 
     @property
@@ -68,24 +67,29 @@ class Launch(Block):
         """Allocate what the kernel asks for and call it; returns the size of its team of threads."""
         block = self.packed()
         need = getattr(self.kernels, f"{kernel}_scratch")(block, self.double)
-        memory, address = _aligned(need * threads)
-        for name, value in (("threads", threads), ("scratch_bytes", need), ("scratch", address)):
+        memory = _aligned(need * threads)
+        for name, value in (("threads", threads), ("scratch_bytes", need), ("scratch", memory.ctypes.data)):
             self.table.put(block, name, value)
-        team = int(getattr(self.kernels, kernel)(block, self.double))
-        del memory  # alive until here
+        entry = getattr(self.kernels, kernel)
+        team = int(entry(block, self.double))
+        replay.note(self.table, entry, block, self.double, [*self._alive, memory])
         return team
 
     def room(self, name: str, size: int) -> None:
         """Memory for a field of the block, aligned to a cache line."""
-        memory, address = _aligned(size)
-        self._alive.append(memory)
-        self.values[self.table.index[name]] = address
+        self.pointer(name, _aligned(size))
+
+    def matrix(self, name: str, matrix: Matrix) -> None:
+        """An operand or the result of a product."""
+        self._alive.append(matrix.array)
+        self.fill(f"{name}.data", _matrix_view(matrix))
 
 
-def _aligned(size: int) -> tuple[Array, int]:
-    """Memory, and the address of its first cache line."""
+def _aligned(size: int) -> Array:
+    """Bytes from the start of a cache line."""
     memory = np.empty(size + _LINE, np.uint8)
-    return memory, (int(memory.ctypes.data) + _LINE - 1) // _LINE * _LINE
+    start = -memory.ctypes.data % _LINE
+    return memory[start : start + size]
 
 
 def facts(computing: np.dtype[Any]) -> Facts:
@@ -130,18 +134,26 @@ def residual_norm(
 
 
 def product(
-    left: Matrix, right: Matrix | PackedMatrix, out: Matrix, bias: Array | None, plan: ProductPlan, facts: Facts
+    left: Matrix,
+    right: Matrix | PackedMatrix,
+    out: Matrix,
+    bias: Array | None,
+    plan: ProductPlan,
+    facts: Facts,
+    bias_by_rows: bool = False,
 ) -> None:
-    """out = left @ right + bias"""
+    """out = left @ right + bias, of which every row or every column has its value."""
     launch = Launch(PRODUCT, facts.kernels, COMPUTING[out.array.dtype])
     launch.set(m=left.shape[0], k=left.shape[1], n=right.shape[1], main_thread=_in_main_thread())
     source = right.matrix if isinstance(right, PackedMatrix) else right
     for name, matrix in (("left", left), ("right", source), ("out", out)):
-        launch.fill(f"{name}.data", _matrix_view(matrix))
+        launch.matrix(name, matrix)
     launch.pointer("bias", None if bias is None else np.ascontiguousarray(bias))
+    launch.set(bias_by_rows=bias_by_rows)
     launch.set(vectors=plan.vectors, row_block=plan.row_block, panels=plan.panels, k_block=plan.k_block)
     if isinstance(right, PackedMatrix):
-        launch.set(right_lies=_PACKED, packed=right.address)
+        launch.set(right_lies=_PACKED, **{"right.data": 0})
+        launch.pointer("packed", right.memory)
     elif plan.in_place:
         launch.set(right_lies=_IN_PLACE)
     else:
@@ -154,11 +166,11 @@ def pack(right: Matrix, plan: ProductPlan, facts: Facts) -> PackedMatrix:
     launch = Launch(PRODUCT, facts.kernels, COMPUTING[right.array.dtype])
     k, n = right.shape
     launch.set(k=k, n=n, vectors=plan.vectors, row_block=1, panels=1, k_block=1, main_thread=_in_main_thread())
-    launch.fill("right.data", _matrix_view(right))
-    memory, address = _aligned(_packed_size(right, plan, facts))
-    launch.set(packed=address)
+    launch.matrix("right", right)
+    memory = _aligned(_packed_size(right, plan, facts))
+    launch.pointer("packed", memory)
     launch.run("product", plan.threads)
-    return PackedMatrix(right, memory, address, facts.kernels)
+    return PackedMatrix(right, memory, facts.kernels)
 
 
 def _packed_size(right: Matrix, plan: ProductPlan, facts: Facts) -> int:
