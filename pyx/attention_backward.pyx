@@ -10,7 +10,8 @@ from libc.stdint cimport int64_t
 from libc.string cimport memset
 from params cimport AttentionParams, TensorView, checked_params
 from tile cimport (real, lanes, tile_product, tile_product_hiding, softmax_replay_row, softmax_gradient,
-                   softcap_gradient, multiply, load_vector, store_vector, all_finite)
+                   softcap_gradient, multiply, load_vector, load_transposed, store_vector, store_transposed,
+                   all_finite, MHA_NOWHERE, MOST_LANES)
 from key_panel cimport (KeyPanel, carve_key_panel, key_panels, fill_key_panel, any_visible, mask_query_scores,
                         query_drop_factors)
 from mask cimport key_exists
@@ -71,27 +72,31 @@ cdef void load_keys(const AttentionParams* p, const TensorView* x, BackwardScrat
     Keys that the sample has not are zeros and never read.
     """
     cdef KeyPanel* panel = &scratch.panel
+    cdef int64_t starts[MOST_LANES]
     cdef int64_t t, d, stride = padded(columns, transposed)
-    memset(transposed, 0, columns * panel.width * sizeof(real))
-    if rows != NULL:
-        memset(rows, 0, panel.width * stride * sizeof(real))
     for t in range(panel.count):
-        if not key_exists(p, panel.sample, panel.first + t):
-            continue
-        load_vector(<int>x.storage, x.data, element(x, panel.sample, panel.kv_head, panel.first + t), x.column, columns,
-                    transposed + t, panel.width)
-        for d in range(columns):
-            if rows != NULL:
-                rows[t * stride + d] = transposed[d * panel.width + t]
-            transposed[d * panel.width + t] *= <real>factor
+        starts[t] = MHA_NOWHERE
+        if key_exists(p, panel.sample, panel.first + t):
+            starts[t] = element(x, panel.sample, panel.kv_head, panel.first + t)
+    load_transposed(<int>x.storage, x.data, starts, x.column, panel.count, columns, transposed, panel.width)
+    if factor != 1:
+        for d in range(columns * panel.width):
+            transposed[d] *= <real>factor
+    if rows == NULL:
+        return
+    memset(rows, 0, panel.width * stride * sizeof(real))
+    for t in range(panel.count):
+        if starts[t] != MHA_NOWHERE:
+            load_vector(<int>x.storage, x.data, starts[t], x.column, columns, rows + t * stride, 1)
 
 
 cdef void store_keys(const TensorView* x, const KeyPanel* panel, Py_ssize_t columns, const real* transposed,
                      double factor) noexcept nogil:
+    cdef int64_t starts[MOST_LANES]
     cdef int64_t t
     for t in range(panel.count):
-        store_vector(<int>x.storage, x.data, element(x, panel.sample, panel.kv_head, panel.first + t), x.column,
-                     columns, transposed + t, panel.width, factor)
+        starts[t] = element(x, panel.sample, panel.kv_head, panel.first + t)
+    store_transposed(<int>x.storage, x.data, starts, x.column, panel.count, columns, transposed, panel.width, factor)
 
 
 cdef void add_grad_weights(const AttentionParams* p, const KeyPanel* panel, Py_ssize_t head, int64_t i, int64_t count,

@@ -1,15 +1,24 @@
 """delta = rowsum(grad_output * output), the row term of the softmax backward."""
 from cython.parallel cimport parallel, threadid
 from libc.stdint cimport int64_t
-from libc.string cimport memset
-from params cimport AttentionParams, checked_params
-from tile cimport real, lanes, load_vector, tile_lane_dots, MHA_VECTOR_BYTES
+from params cimport AttentionParams, TensorView, checked_params
+from tile cimport real, lanes, load_transposed, tile_lane_dots, MHA_VECTOR_BYTES, MOST_LANES
 from storage cimport element
 from schedule cimport mha_schedule, schedule_start, next_item, finished, carve
 
 
 cdef enum:
     DELTA_VECTORS = 4
+
+
+cdef void load_queries(const TensorView* x, Py_ssize_t n, Py_ssize_t head, int64_t first, int64_t count,
+                       Py_ssize_t columns, real* out, Py_ssize_t width) noexcept nogil:
+    """out[columns][lanes are queries]"""
+    cdef int64_t starts[MOST_LANES]
+    cdef int64_t q
+    for q in range(count):
+        starts[q] = element(x, n, head, first + q)
+    load_transposed(<int>x.storage, x.data, starts, x.column, count, columns, out, width)
 
 
 cdef void delta_rows(const AttentionParams* p, Py_ssize_t n, Py_ssize_t head, char* base,
@@ -24,14 +33,8 @@ cdef void delta_rows(const AttentionParams* p, Py_ssize_t n, Py_ssize_t head, ch
     cdef int64_t first = 0, count, q
     while first < p.queries:
         count = min(width, p.queries - first)
-        if count < width:
-            memset(output, 0, size)
-            memset(grad, 0, size)
-        for q in range(count):
-            load_vector(<int>p.output.storage, p.output.data, element(&p.output, n, head, first + q), p.output.column,
-                        p.v_head_dim, output + q, width)
-            load_vector(<int>p.grad_output.storage, p.grad_output.data, element(&p.grad_output, n, head, first + q),
-                        p.grad_output.column, p.v_head_dim, grad + q, width)
+        load_queries(&p.output, n, head, first, count, p.v_head_dim, output, width)
+        load_queries(&p.grad_output, n, head, first, count, p.v_head_dim, grad, width)
         tile_lane_dots(p.v_head_dim, DELTA_VECTORS, output, grad, sum)
         for q in range(count):
             delta[first + q] = sum[q]

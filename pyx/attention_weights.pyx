@@ -9,7 +9,7 @@ from cython.parallel cimport parallel, threadid
 from libc.stdint cimport int64_t
 from libc.string cimport memset
 from params cimport AttentionParams, checked_params
-from tile cimport real, lanes, tile_product, softmax_replay, store_vector
+from tile cimport real, lanes, tile_product, softmax_replay, store_transposed, MOST_LANES
 from mask cimport Panel, fill_panel, next_block, mask_scores, drop_scores, load_pairs
 from storage cimport Block, key_rows, element
 from schedule cimport mha_schedule, schedule_start, keep_going, next_item, finished, carve
@@ -93,15 +93,17 @@ cdef void add_rows(const AttentionParams* p, WeightsScratch* scratch, Py_ssize_t
 cdef void store_sum(const AttentionParams* p, WeightsScratch* scratch, Py_ssize_t n, Py_ssize_t head, int64_t i,
                     int64_t rows, Py_ssize_t width, int64_t start, int64_t count, const real* kind) noexcept nogil:
     cdef real* sum = <real*>scratch.sum
+    cdef int64_t starts[MOST_LANES]
     cdef int64_t q, t
     if p.target_rows == 1 and p.queries != 1:           # a mask shared by all queries
         for t in range(count):
             for q in range(1, width):
                 sum[t * width] += sum[t * width + q]
-    for q in range(rows if p.target_rows == p.queries else 1):
-        store_vector(<int>p.target.storage, p.target.data,
-                     element(&p.target, n, head, i + q) + start * p.target.column, p.target.column, count, sum + q,
-                     width, 1)
+    if p.target_rows != p.queries:
+        rows = 1
+    for q in range(rows):
+        starts[q] = element(&p.target, n, head, i + q) + start * p.target.column
+    store_transposed(<int>p.target.storage, p.target.data, starts, p.target.column, rows, count, sum, width, 1)
 
 
 cdef void weights_item(const AttentionParams* p, WeightsScratch* scratch, int64_t item, mha_schedule* schedule,

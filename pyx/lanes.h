@@ -30,11 +30,24 @@
 #define MHA_VECTOR_BYTES 16
 #define MHA_TILE_ROWS {0, 8, 6, 4, 3}
 #endif
+/* result[l] is the lane of a and b, in one row, that INDEX(l, step) names; EACH lists the lanes. */
+#if defined(__clang__)
+#define MHA_SHUFFLE(bits, a, b, EACH, INDEX, step) __builtin_shufflevector(a, b, EACH(INDEX, step))
+#else
+#define MHA_SHUFFLE(bits, a, b, EACH, INDEX, step) __builtin_shuffle(a, b, (bits){EACH(INDEX, step)})
+#endif
+#define MHA_EACH_2(F, h) F(0, h), F(1, h)
+#define MHA_EACH_4(F, h) MHA_EACH_2(F, h), F(2, h), F(3, h)
+#define MHA_EACH_8(F, h) MHA_EACH_4(F, h), F(4, h), F(5, h), F(6, h), F(7, h)
+#define MHA_EACH_16(F, h) MHA_EACH_8(F, h), F(8, h), F(9, h), F(10, h), F(11, h), F(12, h), F(13, h), F(14, h), F(15, h)
 #define MHA_INLINE static inline __attribute__((always_inline, unused))
 #define MHA_FUNCTION static __attribute__((unused))
 
 /* How a value lies in memory; the same numbers as mha.params.STORAGE. */
 enum { MHA_FLOAT32, MHA_FLOAT64, MHA_FLOAT16, MHA_BFLOAT16, MHA_BOOL };
+
+/* Where a row of `load_transposed` starts that is not there. */
+#define MHA_NOWHERE INT64_MIN
 
 #include "half.h"
 #include "philox.h"
@@ -97,6 +110,10 @@ enum { MHA_FLOAT32, MHA_FLOAT64, MHA_FLOAT16, MHA_BFLOAT16, MHA_BOOL };
 #define multiply(count, out, x, y) MHA_PICK(multiply, out)(count, out, x, y)
 #define load_vector(storage, base, start, stride, count, out, out_stride) \
     MHA_PICK(load_vector, out)(storage, base, start, stride, count, out, out_stride)
+#define load_transposed(storage, base, starts, stride, rows, columns, out, width) \
+    MHA_PICK(load_transposed, out)(storage, base, starts, stride, rows, columns, out, width)
+#define store_transposed(storage, base, starts, stride, rows, columns, value, ...) \
+    MHA_PICK(store_transposed, value)(storage, base, starts, stride, rows, columns, value, __VA_ARGS__)
 #define store_vector(storage, base, start, stride, count, value, ...) \
     MHA_PICK(store_vector, value)(storage, base, start, stride, count, value, __VA_ARGS__)
 #define normalise_row(count, x, epsilon) MHA_PICK(normalise_row, x)(count, x, epsilon)

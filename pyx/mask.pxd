@@ -7,7 +7,7 @@ from libc.stdint cimport int64_t, uint32_t
 from libc.math cimport INFINITY
 from params cimport AttentionParams, TensorView
 from tile cimport (real, lanes, scale_scores, softcap_scores, add_bias, hide_flagged, hide_key, hide_lanes, drop_lanes,
-                   load_vector, mha_philox_rows)
+                   load_transposed, mha_philox_rows, MOST_LANES)
 from schedule cimport carve
 
 
@@ -206,9 +206,10 @@ cdef inline void load_pairs(const TensorView* x, const Panel* panel, int64_t j, 
     """tile[count][lanes are queries] = x(sample, head, query, j ...)"""
     cdef Py_ssize_t q
     cdef int64_t start = (x.offsets[panel.sample] if x.offsets != NULL else panel.sample * x.batch) + j * x.column
+    cdef int64_t starts[MOST_LANES]
     for q in range(panel.width):
-        load_vector(<int>x.storage, x.data, start + panel.head[q] * x.head + panel.query[q] * x.row, x.column, count,
-                    tile + q, panel.width)
+        starts[q] = start + panel.head[q] * x.head + panel.query[q] * x.row
+    load_transposed(<int>x.storage, x.data, starts, x.column, panel.width, count, tile, panel.width)
 
 
 cdef inline void drop_scores(const AttentionParams* p, Panel* panel, int64_t j, int64_t count,

@@ -8,7 +8,7 @@ from cython.parallel cimport parallel, threadid
 from libc.stdint cimport int64_t
 from libc.string cimport memset
 from params cimport MatrixView, ProductParams, checked_product_params
-from tile cimport real, lanes, tile_product, load_vector, store_vector
+from tile cimport real, lanes, tile_product, load_vector, store_vector, load_transposed, MOST_LANES
 from storage cimport native_storage
 from schedule cimport (mha_schedule, schedule_start, schedule_stop, schedule_stopped, wait_for_all, keep_going,
                        next_item, finished, carve)
@@ -16,10 +16,6 @@ from schedule cimport (mha_schedule, schedule_start, schedule_stop, schedule_sto
 cdef enum:
     TO_BE_PACKED = 0
     IN_PLACE = 1
-
-cdef enum:
-    TRANSPOSED_ROWS = 64            # rows of a panel that are packed column by column at a time
-
 
 cdef struct ProductScratch:
     char* left                      # a packed block of `left`: [row_block][k_block], or transposed
@@ -81,6 +77,7 @@ cdef void pack_panel(const ProductParams* p, int64_t panel, const real* kind) no
     """packed[panel][k][lanes] = right, spare lanes zeros; along whichever axis is contiguous in memory."""
     cdef int64_t width = p.vectors * lanes(kind), first = panel * width, count = min(width, p.n - first), t, k, rows
     cdef real* out = <real*>p.packed + panel * p.k * width
+    cdef int64_t starts[MOST_LANES]
     if count < width:
         memset(out, 0, p.k * width * sizeof(real))
     if p.right.column_inner == 1 or p.right.row_inner != 1:
@@ -88,10 +85,12 @@ cdef void pack_panel(const ProductParams* p, int64_t panel, const real* kind) no
             load_row(&p.right, t, first, count, out + t * width, 1)
         return
     k = 0
-    while k < p.k:      # blocks of rows stay in the first cache while their columns are written one by one
-        rows = min(p.k - k, TRANSPOSED_ROWS)
+    while k < p.k:
+        rows = min(p.k - k, p.right.rows - k % p.right.rows)    # one run in memory
         for t in range(count):
-            load_column(&p.right, k, first + t, rows, out + k * width + t, width)
+            starts[t] = matrix_row(&p.right, k) + matrix_column(&p.right, first + t)
+        load_transposed(<int>p.right.storage, p.right.data, starts, p.right.row_inner, count, rows, out + k * width,
+                        width)
         k += rows
 
 

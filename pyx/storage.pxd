@@ -2,7 +2,8 @@
 from libc.stdint cimport int64_t
 from libc.string cimport memset
 from params cimport AttentionParams, TensorView
-from tile cimport real, load_vector, store_vector, all_finite, MHA_FLOAT32, MHA_FLOAT64
+from tile cimport (real, load_vector, load_transposed, store_transposed, all_finite, MHA_FLOAT32, MHA_FLOAT64,
+                   MHA_NOWHERE, MOST_LANES)
 from mask cimport Panel, block_has_hidden, key_exists
 
 
@@ -49,16 +50,11 @@ cdef inline Block key_rows(const AttentionParams* p, const TensorView* x, Py_ssi
 cdef inline void load_panel(const TensorView* x, const Panel* panel, Py_ssize_t columns, double factor,
                             real* out) noexcept nogil:
     """out[columns][lanes are queries] = factor * x; spare lanes are zeros, and so are rows that see nothing."""
+    cdef int64_t starts[MOST_LANES]
     cdef Py_ssize_t q, d
-    if panel.rows < panel.width:
-        memset(out, 0, columns * panel.width * sizeof(real))
     for q in range(panel.rows):
-        if panel.high[q] < 0:
-            for d in range(columns):
-                out[d * panel.width + q] = 0
-        else:
-            load_vector(<int>x.storage, x.data, element(x, panel.sample, panel.head[q], panel.query[q]), x.column,
-                        columns, out + q, panel.width)
+        starts[q] = element(x, panel.sample, panel.head[q], panel.query[q]) if panel.high[q] >= 0 else MHA_NOWHERE
+    load_transposed(<int>x.storage, x.data, starts, x.column, panel.rows, columns, out, panel.width)
     if factor != 1:
         for d in range(columns * panel.width):
             out[d] = out[d] * <real>factor
@@ -67,10 +63,11 @@ cdef inline void load_panel(const TensorView* x, const Panel* panel, Py_ssize_t 
 cdef inline void store_panel(const TensorView* x, const Panel* panel, Py_ssize_t columns, const real* value,
                              double factor) noexcept nogil:
     """x = factor * value[columns][lanes are queries]"""
+    cdef int64_t starts[MOST_LANES]
     cdef Py_ssize_t q
     for q in range(panel.rows):
-        store_vector(<int>x.storage, x.data, element(x, panel.sample, panel.head[q], panel.query[q]), x.column,
-                     columns, value + q, panel.width, factor)
+        starts[q] = element(x, panel.sample, panel.head[q], panel.query[q])
+    store_transposed(<int>x.storage, x.data, starts, x.column, panel.rows, columns, value, panel.width, factor)
 
 
 cdef inline Block query_rows(const TensorView* x, Py_ssize_t n, Py_ssize_t h, int64_t i, int64_t count,

@@ -7,6 +7,9 @@ ctypedef fused real:
     float
     double
 
+cdef enum:
+    MOST_LANES = 64                 # of a panel: four of the widest vectors
+
 cdef extern from "lanes.h" nogil:
     int MHA_VECTOR_BYTES
     int MHA_FLOAT32
@@ -50,6 +53,11 @@ cdef extern from "lanes.h" nogil:
                      Py_ssize_t out_stride)
     void store_vector(int storage, void* base, Py_ssize_t start, Py_ssize_t stride, Py_ssize_t count,
                       const void* value, Py_ssize_t value_stride, double factor)
+    int64_t MHA_NOWHERE
+    void load_transposed(int storage, const void* base, const int64_t* starts, Py_ssize_t stride, Py_ssize_t rows,
+                         Py_ssize_t columns, void* out, Py_ssize_t width)
+    void store_transposed(int storage, void* base, const int64_t* starts, Py_ssize_t stride, Py_ssize_t rows,
+                          Py_ssize_t columns, const void* value, Py_ssize_t width, double factor)
     int all_finite(const void* x, Py_ssize_t rows, Py_ssize_t row, Py_ssize_t columns, Py_ssize_t column)
     # norm.h
     double normalise_row(Py_ssize_t count, void* x, double epsilon)

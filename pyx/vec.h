@@ -32,6 +32,43 @@ MHA_INLINE VECTOR MHA_NAME(v_max)(VECTOR x, VECTOR running)
 #endif
 }
 
+/* The LANES x LANES matrix whose rows these are becomes its transpose, in log2(LANES) exchanges of halves. */
+MHA_INLINE void MHA_NAME(v_transpose)(VECTOR *r)
+{
+#if MHA_VECTOR_BYTES / (MHA_IS_FLOAT ? 4 : 8) == 16
+#define EACH MHA_EACH_16
+#elif MHA_VECTOR_BYTES / (MHA_IS_FLOAT ? 4 : 8) == 8
+#define EACH MHA_EACH_8
+#elif MHA_VECTOR_BYTES / (MHA_IS_FLOAT ? 4 : 8) == 4
+#define EACH MHA_EACH_4
+#else
+#define EACH MHA_EACH_2
+#endif
+#define UPPER(l, h) (l & h ? LANES + l - h : l)
+#define LOWER(l, h) (l & h ? LANES + l : l + h)
+#define EXCHANGE(h)                                                        \
+    _Pragma("GCC unroll 16") for (int i = 0; i < LANES; i++) if (!(i & h)) \
+    {                                                                      \
+        const VECTOR a = r[i], b = r[i + h];                               \
+        r[i] = MHA_SHUFFLE(BITS, a, b, EACH, UPPER, h);                    \
+        r[i + h] = MHA_SHUFFLE(BITS, a, b, EACH, LOWER, h);                \
+    }
+    EXCHANGE(1)
+#if MHA_VECTOR_BYTES / (MHA_IS_FLOAT ? 4 : 8) > 2
+    EXCHANGE(2)
+#endif
+#if MHA_VECTOR_BYTES / (MHA_IS_FLOAT ? 4 : 8) > 4
+    EXCHANGE(4)
+#endif
+#if MHA_VECTOR_BYTES / (MHA_IS_FLOAT ? 4 : 8) > 8
+    EXCHANGE(8)
+#endif
+#undef EACH
+#undef UPPER
+#undef LOWER
+#undef EXCHANGE
+}
+
 /* exp(x) for x <= 80, within 1.1 ulp; below the smallest normal result exactly 0: subnormal probabilities would make the
  * products that follow six times slower. x = n ln 2 + r, with ln 2 in two parts so that r is as good as exact (Cody and
  * Waite); exp(r) is a polynomial through Chebyshev nodes, relative error 2.5e-9 (float32), 4e-18 (float64).

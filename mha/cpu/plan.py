@@ -15,6 +15,13 @@ from mha.problem import Sizes
 _SMALL_WORK = 3_000_000
 #: Rows per key head up to which a call is bound by memory, and lanes along the features pay.
 _DECODE_ROWS = 8
+#: Bytes of a panel of queries, which the scores of every few keys read anew from the first cache. With a head of 128 in
+#: float32, 1024 queries and keys: two panels of four vectors and blocks of 64 keys 1, three vectors and blocks of 128
+#: keys 1.16, three panels 1.17; in float64 1.20.
+_QUERY_PANEL = 24 * 2**10
+#: From so many keys on a block of wide heads has 128. Under a causal mask half of a block is computed in vain, so with
+#: fewer keys smaller blocks win.
+_LONG = 1024
 #: Keys that one split of a decode covers at least.
 _SPLIT_KEYS = 256
 #: Splits are made until there are this many work items, whatever the number of threads.
@@ -57,12 +64,16 @@ def plan_forward(sizes: Sizes, facts: Facts) -> AttentionPlan:
             "attention_decode", min(threads, items), vectors=4, panels=1, key_block=max(sizes.queries, 1),
             splits=splits, why=f"{sizes.rows} query rows a key head: memory decides, keys in {splits} parts",
         )  # fmt: skip
-    vectors = min(4, _ceil(sizes.rows, facts.lanes))
+    wide = 4 * facts.lanes * facts.itemsize * sizes.head_dim > _QUERY_PANEL
+    vectors = min(3 if wide else 4, _ceil(sizes.rows, facts.lanes))
     heads = sizes.batch * sizes.kv_heads
-    panels = 2 if heads * _ceil(sizes.rows, 2 * vectors * facts.lanes) >= 4 * threads else 1
+    panels = 3 if wide else 2
+    while panels > 1 and heads * _ceil(sizes.rows, panels * vectors * facts.lanes) < 4 * threads:
+        panels -= 1
     items = heads * _ceil(sizes.rows, panels * vectors * facts.lanes)
+    key_block = 128 if wide and sizes.keys >= _LONG else 64
     return AttentionPlan(
-        "attention_forward", min(threads, items), vectors, panels, key_block=64,
+        "attention_forward", min(threads, items), vectors, panels, key_block,
         why=f"{items} row blocks of {panels * vectors * facts.lanes} queries",
     )  # fmt: skip
 

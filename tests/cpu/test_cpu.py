@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,9 +48,8 @@ def test_scratch_of_the_fused_backward_is_bounded() -> None:
     assert not plan.plan_backward(long, FACTS)[0].fused
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_scratch_follows_the_documented_formula(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """README, "Memory"; the panels' index arrays are the small rest."""
+def scratch_of(calls: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Bytes of a thread, by kernel."""
     needs: dict[str, int] = {}
     original = launch.Launch.run
 
@@ -58,10 +58,31 @@ def test_scratch_follows_the_documented_formula(fused: bool, monkeypatch: pytest
         return original(self, kernel, threads)
 
     monkeypatch.setattr(launch.Launch, "run", recording)
+    calls()
+    return needs
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_scratch_of_wide_heads_follows_the_documented_formula(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    q = np.zeros((1, 2, 1100, 256), dtype)
+    needs = scratch_of(lambda: mha.scaled_dot_product_attention(q, q, q), monkeypatch)["attention_forward"]
+    lanes = load.kernels(load.chosen_level()).VECTOR_BYTES // q.itemsize
+    stated = q.itemsize * (3 * 3 * lanes * 512 + 128 * (6 * lanes + 512))
+    if 4 * lanes * 256 * q.itemsize > 24 * 1024:
+        assert 0.8 * stated <= needs <= 1.15 * stated
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_scratch_follows_the_documented_formula(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """README, "Memory"; the panels' index arrays are the small rest."""
     heads, length, width = (8, 1024, 64) if fused else (1, 4096, 64)
     q = np.zeros((1, heads, length, width), np.float32)
-    output, lse = mha.scaled_dot_product_attention(q, q, q, return_lse=True)
-    mha.scaled_dot_product_attention_backward(q, q, q, q, output, lse)
+
+    def calls() -> None:
+        output, lse = mha.scaled_dot_product_attention(q, q, q, return_lse=True)
+        mha.scaled_dot_product_attention_backward(q, q, q, q, output, lse)
+
+    needs = scratch_of(calls, monkeypatch)
     lanes = 4 * load.kernels(load.chosen_level()).VECTOR_BYTES // 4
     tile = 64 * (2 * lanes + 2 * width)
     forward, backward = 4 * (4 * lanes * width + tile), 4 * (5 * lanes * width + tile)
