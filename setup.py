@@ -22,7 +22,12 @@ DEBUG = os.environ.get("MHA_DEBUG", "0") == "1"
 # level -> compiler flags; the level names are those of mha.cpu.load
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512cd", "-mprefer-vector-width=512"]
-X86_LEVELS = {"baseline": [], "avx2": [*AVX2, "-mtune=haswell"], "avx512": [*AVX2, *AVX512, "-mtune=skylake-avx512"]}
+X86_LEVELS = {
+    "baseline": [],
+    "avx2": [*AVX2, "-mtune=haswell"],
+    "avx512": [*AVX2, *AVX512, "-mtune=skylake-avx512"],
+    "avx512bf16": [*AVX2, *AVX512, "-mavx512bf16", "-mtune=skylake-avx512"],
+}
 LEVELS = X86_LEVELS if platform.machine().lower() in ("x86_64", "amd64") else {"baseline": []}
 
 # Comparisons must vectorise (no errno, no traps); sums keep their order, so no flag that reassociates.
@@ -91,7 +96,8 @@ def kernel_extension(level: str, flags: list[str]) -> Extension:
     """The module of one level: a stub, written into the build folder, that includes every kernel."""
     stub = ROOT / "build" / "stubs" / f"_kernels_{level}.pyx"
     text = f'"""CPU kernels compiled for the level {level}."""\n'
-    text += "from tile cimport MHA_VECTOR_BYTES\n\nVECTOR_BYTES = MHA_VECTOR_BYTES\n\n"
+    text += "from tile cimport MHA_PAIRED, MHA_VECTOR_BYTES\n\n"
+    text += "VECTOR_BYTES, PAIRED = MHA_VECTOR_BYTES, MHA_PAIRED\n\n"
     text += "".join(f'include "{name}.pyx"\n' for name in KERNELS)
     stub.parent.mkdir(parents=True, exist_ok=True)
     if not stub.exists() or stub.read_text() != text:

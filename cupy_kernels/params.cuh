@@ -70,13 +70,15 @@ struct AttentionParams {
     int64 key_start;
     double keep_scale;         // 1 / (1 - p)
     double grad_weights_scale; // 1, or 1 / H for averaged weights
-    // plan; the GPU's tile sizes are compiled in, and threads, vectors, panels, key_block and fused mean nothing here
+    // plan; the GPU's tile sizes are compiled in, and threads, vectors, panels, key_block, fused
+    // and paired mean nothing here
     int64 threads;
     int64 vectors;
     int64 panels;
     int64 key_block;
     int64 splits; // attention_decode: parts of the keys
     int64 fused;
+    int64 paired;
     int64 mode;         // attention_weights: what is made of the probabilities
     int64 target_batch; // attention_weights: axes of size 1 of the target are summed over
     int64 target_heads;

@@ -78,7 +78,7 @@ ATTENTION = Table(
         *("key_keep", "key_bias", "pair_hides"),
         *("dropout", "threshold", "seed", "dropout_offset", "total_heads", "batch_start", "head_start", "query_start"),
         *("key_start", "keep_scale", "grad_weights_scale"),
-        *("threads", "vectors", "panels", "key_block", "splits", "fused", "mode"),
+        *("threads", "vectors", "panels", "key_block", "splits", "fused", "paired", "mode"),
         *("target_batch", "target_heads", "target_rows", "target_keys", "partials"),
         *("main_thread", "scratch", "scratch_bytes"),
     ],
@@ -94,7 +94,7 @@ PRODUCT = Table(
         *("m", "n", "k"),
         *_nested(("left", "right", "out"), MATRIX_FIELDS),
         *("bias", "threads", "vectors", "row_block", "panels", "k_block", "right_lies"),
-        *("bias_by_rows", "main_thread", "packed", "scratch", "scratch_bytes"),
+        *("paired", "bias_by_rows", "main_thread", "packed", "scratch", "scratch_bytes"),
     ],
     pointers=frozenset({"bias", "packed", "scratch"}),
 )

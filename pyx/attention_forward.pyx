@@ -5,12 +5,14 @@ and the probabilities are already the packed operand of the second product. (Dao
 """
 from cython.parallel cimport parallel, threadid
 from libc.math cimport INFINITY, log
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint16_t
 from libc.string cimport memset
 from params cimport AttentionParams, checked_params
-from tile cimport real, lanes, tile_product, tile_product_hiding, softmax_absorb, scale_lanes
+from tile cimport (real, lanes, tile_product, tile_product_hiding, tile_product_pairs, pair_rows, pairs_finite,
+                   softmax_absorb, scale_lanes)
 from mask cimport Panel, carve_panel, fill_panel, next_block, mask_scores, drop_scores
 from storage cimport Block, key_rows, block_finite, load_panel, store_panel
+from pairs cimport key_pairs, value_pairs
 from schedule cimport mha_schedule, schedule_start, keep_going, next_item, finished, carve
 
 cdef enum:
@@ -19,7 +21,7 @@ cdef enum:
 
 cdef struct ForwardScratch:
     Panel panels[MAX_PANELS]
-    char* query[MAX_PANELS]         # [D][lanes], scaled
+    char* query[MAX_PANELS]         # [D][lanes], scaled; or pairs, [pairs of D][lanes]
     char* output[MAX_PANELS]        # [Dv][lanes]
     char* maximum[MAX_PANELS]
     char* sum[MAX_PANELS]
@@ -28,6 +30,7 @@ cdef struct ForwardScratch:
     char* spare                     # the same
     char* key                       # a converted block of K, [key_block][D]
     char* value
+    char* value_pairs               # [pairs of keys][Dv]
 
 
 cdef Py_ssize_t carve_forward(const AttentionParams* p, char* base, ForwardScratch* scratch,
@@ -46,6 +49,7 @@ cdef Py_ssize_t carve_forward(const AttentionParams* p, char* base, ForwardScrat
     scratch.spare = carve(&cursor, p.key_block * width * size)
     scratch.key = carve(&cursor, p.key_block * p.head_dim * size)
     scratch.value = carve(&cursor, p.key_block * p.v_head_dim * size)
+    scratch.value_pairs = carve(&cursor, (p.key_block + 1) // 2 * p.v_head_dim * size if p.paired else 0)
     return cursor - base
 
 
@@ -57,13 +61,24 @@ cdef void absorb_block(const AttentionParams* p, ForwardScratch* scratch, Py_ssi
     cdef real* output = <real*>scratch.output[i]
     cdef real* rescale = <real*>scratch.rescale
     cdef Py_ssize_t width = panel.width
-    tile_product(count, panel.vectors, p.head_dim, <const real*>key.data, key.row, key.column,
-                 <const real*>scratch.query[i], width, s, width, 0)
+    if real is float and p.paired:
+        tile_product_pairs(count, panel.vectors, (p.head_dim + 1) // 2, <const uint16_t*>key.data, key.row, key.column,
+                           <const float*>scratch.query[i], width, s, width, 0)
+    else:
+        tile_product(count, panel.vectors, p.head_dim, <const real*>key.data, key.row, key.column,
+                     <const real*>scratch.query[i], width, s, width, 0)
     cdef bint partial = mask_scores(p, panel, j, count, s, <real*>scratch.spare, <real*>NULL)
     if softmax_absorb(count, panel.vectors, s, <real*>scratch.maximum[i], <real*>scratch.sum[i], rescale):
         scale_lanes(p.v_head_dim, panel.vectors, output, rescale)
     if p.dropout:
         drop_scores(p, panel, j, count, s)
+    if real is float and p.paired:
+        if not partial or pairs_finite(<const uint16_t*>value.data, (count + 1) // 2 * value.row):
+            pair_rows(count, width, s, s)
+            tile_product_pairs(p.v_head_dim, panel.vectors, (count + 1) // 2, <const uint16_t*>value.data,
+                               value.column, value.row, s, width, output, width, 1)
+            return
+        value = key_rows(p, &p.value, panel.sample, panel.kv_head, j, count, p.v_head_dim, <real*>scratch.value)
     if partial and not block_finite(value, count, p.v_head_dim, kind):
         tile_product_hiding(p.v_head_dim, panel.vectors, count, <const real*>value.data, value.column, value.row,
                             s, width, output, width, 1)
@@ -107,6 +122,9 @@ cdef void forward_block(const AttentionParams* p, Py_ssize_t n, Py_ssize_t kv_he
                    min(width, total - first - panels * width), kind)
         load_panel(&p.query, &scratch.panels[panels], p.head_dim, p.operand_scale,
                    <real*>scratch.query[panels])
+        if real is float and p.paired:
+            pair_rows(p.head_dim, scratch.panels[panels].width, <float*>scratch.query[panels],
+                      <float*>scratch.query[panels])
         memset(scratch.output[panels], 0, p.v_head_dim * width * sizeof(real))
         memset(scratch.sum[panels], 0, width * sizeof(real))
         for q in range(width):
@@ -120,8 +138,12 @@ cdef void forward_block(const AttentionParams* p, Py_ssize_t n, Py_ssize_t kv_he
         j = next_block(p, &all_panels, j, &count)
         if j < 0 or not keep_going(schedule, thread):
             break
-        key = key_rows(p, &p.key, n, kv_head, j, count, p.head_dim, <real*>scratch.key)
-        value = key_rows(p, &p.value, n, kv_head, j, count, p.v_head_dim, <real*>scratch.value)
+        if p.paired:
+            key = key_pairs(p, n, kv_head, j, count, scratch.key)
+            value = value_pairs(p, n, kv_head, j, count, scratch.value_pairs)
+        else:
+            key = key_rows(p, &p.key, n, kv_head, j, count, p.head_dim, <real*>scratch.key)
+            value = key_rows(p, &p.value, n, kv_head, j, count, p.v_head_dim, <real*>scratch.value)
         for i in range(panels):
             if j >= p.keys - p.extra or (j < scratch.panels[i].stop and j + count > scratch.panels[i].start):
                 absorb_block(p, scratch, i, j, count, key, value, kind)

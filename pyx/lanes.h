@@ -59,6 +59,7 @@ enum { MHA_FLOAT32, MHA_FLOAT64, MHA_FLOAT16, MHA_BFLOAT16, MHA_BOOL };
 #include "vec.h"
 #include "storage.h"
 #include "tile.h"
+#include "dots.h"
 #include "mask.h"
 #include "online_softmax.h"
 #include "norm.h"
@@ -74,6 +75,7 @@ enum { MHA_FLOAT32, MHA_FLOAT64, MHA_FLOAT16, MHA_BFLOAT16, MHA_BOOL };
 #include "vec.h"
 #include "storage.h"
 #include "tile.h"
+#include "dots.h"
 #include "mask.h"
 #include "online_softmax.h"
 #include "norm.h"
@@ -81,6 +83,8 @@ enum { MHA_FLOAT32, MHA_FLOAT64, MHA_FLOAT16, MHA_BFLOAT16, MHA_BOOL };
 #undef MHA_BITS
 #undef MHA_IS_FLOAT
 #undef MHA_NAME
+
+#include "pairs.h"
 
 /* One name for both real types, chosen by the type of a pointer argument. */
 /* clang-format off */

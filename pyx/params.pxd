@@ -77,6 +77,7 @@ cdef struct AttentionParams:
     int64_t key_block
     int64_t splits                  # attention_decode: parts of the keys
     int64_t fused                   # attention_backward: the query gradient in the same pass
+    int64_t paired                  # attention_forward: products of bfloat16 pairs
     int64_t mode                    # attention_weights: what is made of the probabilities
     int64_t target_batch            # attention_weights: axes of size 1 of the target are summed over
     int64_t target_heads
@@ -114,6 +115,7 @@ cdef struct ProductParams:
     int64_t panels                  # panels of columns in a work item
     int64_t k_block
     int64_t right_lies              # 0: to be packed first; 1: used where it lies; 2: packed already
+    int64_t paired                  # products of bfloat16 pairs: `packed` holds pairs
     int64_t bias_by_rows            # whether the bias has a value for each row, not each column
     int64_t main_thread
     char* packed                    # `right` in panels, or room for it

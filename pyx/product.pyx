@@ -5,10 +5,11 @@ A second thread pool beside ours would make both slow: alternating with a BLAS c
 in blocks whose size depends on the problem only, each by one thread: equal bits for any number of threads.
 """
 from cython.parallel cimport parallel, threadid
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint16_t
 from libc.string cimport memset
 from params cimport MatrixView, ProductParams, checked_product_params
-from tile cimport real, lanes, tile_product, load_vector, store_vector, load_transposed, MOST_LANES
+from tile cimport (real, lanes, tile_product, tile_product_pairs, pair_rows, load_vector, store_vector, load_transposed,
+                   MHA_BFLOAT16, MOST_LANES)
 from storage cimport native_storage
 from schedule cimport (mha_schedule, schedule_start, schedule_stop, schedule_stopped, wait_for_all, keep_going,
                        next_item, finished, carve)
@@ -17,8 +18,13 @@ cdef enum:
     TO_BE_PACKED = 0
     IN_PLACE = 1
 
+cdef enum:
+    PACKED_ROWS = 64                # of `right` are on their way to pairs at a time
+
 cdef struct ProductScratch:
     char* left                      # a packed block of `left`: [row_block][k_block], or transposed
+    char* left_pairs                # the same in pairs along k
+    char* right                     # rows of `right` that become pairs, [PACKED_ROWS][lanes]
     char* out                       # [panels][row_block][lanes]
     char* bias                      # [lanes]
 
@@ -29,6 +35,8 @@ cdef Py_ssize_t carve_product(const ProductParams* p, char* base, ProductScratch
     cdef char* cursor = base
     cdef Py_ssize_t width = p.vectors * lanes(kind), size = sizeof(real)
     scratch.left = carve(&cursor, p.row_block * p.k_block * size)
+    scratch.left_pairs = carve(&cursor, p.row_block * (p.k_block + 1) // 2 * size if p.paired else 0)
+    scratch.right = carve(&cursor, PACKED_ROWS * width * size if p.paired else 0)
     scratch.out = carve(&cursor, p.panels * p.row_block * width * size)
     scratch.bias = carve(&cursor, width * size)
     return cursor - base
@@ -73,25 +81,45 @@ cdef void store_row(const MatrixView* x, int64_t i, int64_t j, int64_t count, co
         done += run
 
 
-cdef void pack_panel(const ProductParams* p, int64_t panel, const real* kind) noexcept nogil:
-    """packed[panel][k][lanes] = right, spare lanes zeros; along whichever axis is contiguous in memory."""
-    cdef int64_t width = p.vectors * lanes(kind), first = panel * width, count = min(width, p.n - first), t, k, rows
-    cdef real* out = <real*>p.packed + panel * p.k * width
+cdef void load_right(const ProductParams* p, int64_t k, int64_t rows, int64_t first, int64_t count, real* out,
+                     Py_ssize_t width) noexcept nogil:
+    """out[rows][width] = right[k : k + rows][first : first + count], along whichever axis is contiguous in memory."""
     cdef int64_t starts[MOST_LANES]
-    if count < width:
-        memset(out, 0, p.k * width * sizeof(real))
+    cdef int64_t t, run, last = k + rows
     if p.right.column_inner == 1 or p.right.row_inner != 1:
-        for t in range(p.k):
-            load_row(&p.right, t, first, count, out + t * width, 1)
+        for t in range(rows):
+            if count < width:
+                memset(out + t * width, 0, width * sizeof(real))
+            load_row(&p.right, k + t, first, count, out + t * width, 1)
         return
-    k = 0
-    while k < p.k:
-        rows = min(p.k - k, p.right.rows - k % p.right.rows)    # one run in memory
+    while k < last:
+        run = min(last - k, p.right.rows - k % p.right.rows)
         for t in range(count):
             starts[t] = matrix_row(&p.right, k) + matrix_column(&p.right, first + t)
-        load_transposed(<int>p.right.storage, p.right.data, starts, p.right.row_inner, count, rows, out + k * width,
-                        width)
-        k += rows
+        load_transposed(<int>p.right.storage, p.right.data, starts, p.right.row_inner, count, run, out, width)
+        out += run * width
+        k += run
+
+
+cdef void pack_panel(const ProductParams* p, ProductScratch* scratch, int64_t panel, const real* kind) noexcept nogil:
+    """packed[panel][k][lanes] = right, spare lanes zeros; or [pairs of k][lanes]."""
+    cdef int64_t width = p.vectors * lanes(kind), first = panel * width, count = min(width, p.n - first), k = 0, rows
+    if real is float and p.paired:
+        while k < p.k:
+            rows = min(p.k - k, PACKED_ROWS)
+            load_right(p, k, rows, first, count, <float*>scratch.right, width)
+            pair_rows(rows, width, <float*>scratch.right, packed_panel(p, panel, k, kind))
+            k += rows
+    else:
+        load_right(p, 0, p.k, first, count, packed_panel(p, panel, 0, kind), width)
+
+
+cdef inline real* packed_panel(const ProductParams* p, int64_t panel, int64_t k, const real* kind) noexcept nogil:
+    """Where row k of a packed panel begins; pairs take half the rows."""
+    cdef int64_t width = p.vectors * lanes(kind)
+    if p.paired:
+        return <real*>p.packed + (panel * ((p.k + 1) // 2) + k // 2) * width
+    return <real*>p.packed + (panel * p.k + k) * width
 
 
 cdef const real* left_block(const ProductParams* p, ProductScratch* scratch, int64_t i, int64_t rows, int64_t k,
@@ -118,6 +146,32 @@ cdef const real* left_block(const ProductParams* p, ProductScratch* scratch, int
     return out
 
 
+cdef const uint16_t* left_pairs(const ProductParams* p, ProductScratch* scratch, int64_t i, int64_t rows, int64_t k,
+                                int64_t count, Py_ssize_t* row, Py_ssize_t* column) noexcept nogil:
+    """The same block in pairs along k: where it lies if they are neighbours, else packed. Strides count 16 bits."""
+    cdef const MatrixView* x = &p.left
+    cdef uint16_t* out = <uint16_t*>scratch.left_pairs
+    cdef const float* block
+    cdef int64_t t, even = (count + 1) // 2 * 2
+    column[0] = 2
+    if (x.storage == MHA_BFLOAT16 and i // x.rows == (i + rows - 1) // x.rows and count == even
+            and k // x.columns == (k + count - 1) // x.columns and x.column_inner == 1):
+        row[0] = x.row_inner
+        return <const uint16_t*>x.data + matrix_row(x, i) + matrix_column(x, k)
+    block = left_block(p, scratch, i, rows, k, count, row, column, <const float*>NULL)
+    if column[0] == 1:
+        for t in range(rows):
+            out[t * even + even - 1] = 0
+            store_vector(MHA_BFLOAT16, out, t * even, 1, count, block + t * row[0], 1, 1)
+        row[0] = even
+        column[0] = 2
+    else:
+        pair_rows(count, rows, block, <float*>out)
+        row[0] = 2
+        column[0] = 2 * rows
+    return out
+
+
 cdef void product_item(const ProductParams* p, ProductScratch* scratch, int64_t i, int64_t first_panel,
                        mha_schedule* schedule, int thread, const real* kind) noexcept nogil:
     """out[i : i + row_block][the item's panels]"""
@@ -126,23 +180,31 @@ cdef void product_item(const ProductParams* p, ProductScratch* scratch, int64_t 
     cdef Py_ssize_t row = 0, column = 0, stride, vectors
     cdef real* out = <real*>scratch.out
     cdef real* bias = <real*>scratch.bias
-    cdef const real* left
+    cdef const real* left = NULL
     cdef const real* right
+    cdef const uint16_t* pairs = NULL
     while k < p.k:
         if not keep_going(schedule, thread):
             return
         count = min(p.k_block, p.k - k)
-        left = left_block(p, scratch, i, rows, k, count, &row, &column, kind)
+        if p.paired:
+            pairs = left_pairs(p, scratch, i, rows, k, count, &row, &column)
+        else:
+            left = left_block(p, scratch, i, rows, k, count, &row, &column, kind)
         for panel in range(first_panel, last):
             vectors = (min(width, p.n - panel * width) + lanes(kind) - 1) // lanes(kind)
             if p.right_lies == IN_PLACE:
                 right = <const real*>p.right.data + k * p.right.row_inner + panel * width
                 stride = p.right.row_inner
             else:
-                right = <const real*>p.packed + (panel * p.k + k) * width
+                right = packed_panel(p, panel, k, kind)
                 stride = width
-            tile_product(rows, vectors, count, left, row, column, right, stride,
-                         out + (panel - first_panel) * p.row_block * width, width, k > 0)
+            if real is float and p.paired:
+                tile_product_pairs(rows, vectors, (count + 1) // 2, pairs, row, column, right, stride,
+                                   out + (panel - first_panel) * p.row_block * width, width, k > 0)
+            else:
+                tile_product(rows, vectors, count, left, row, column, right, stride,
+                             out + (panel - first_panel) * p.row_block * width, width, k > 0)
         k += count
     for panel in range(first_panel, last):
         columns = min(width, p.n - panel * width)
@@ -166,14 +228,14 @@ cdef void product_worker(const ProductParams* p, mha_schedule* packing, mha_sche
     cdef ProductScratch scratch
     cdef int64_t item, width = p.vectors * lanes(kind), groups
     groups = ((p.n + width - 1) // width + p.panels - 1) // p.panels
+    carve_product(p, p.scratch + thread * p.scratch_bytes, &scratch, kind)
     item = next_item(packing, thread, -1)
     while item >= 0:
-        pack_panel(p, item, kind)
+        pack_panel(p, &scratch, item, kind)
         item = next_item(packing, thread, item)
     wait_for_all(packing, thread)
     if schedule_stopped(packing):
         schedule_stop(schedule)
-    carve_product(p, p.scratch + thread * p.scratch_bytes, &scratch, kind)
     item = next_item(schedule, thread, -1)
     while item >= 0:
         product_item(p, &scratch, item // groups * p.row_block, item % groups * p.panels, schedule, thread, kind)

@@ -24,7 +24,9 @@ cdef extern from *:
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                __builtin_cpu_supports("avx512cd");
     }
+    static int mha_runs_avx512bf16(void) { return mha_runs_avx512() && __builtin_cpu_supports("avx512bf16"); }
     #else
+    static int mha_runs_avx512bf16(void) { return 0; }
     static int mha_runs_avx2(void) { return 0; }
     static int mha_runs_avx512(void) { return 0; }
     #endif
@@ -34,6 +36,7 @@ cdef extern from *:
     void mha_release_pool() nogil
     int mha_runs_avx2() nogil
     int mha_runs_avx512() nogil
+    int mha_runs_avx512bf16() nogil
 
 #: The date of the OpenMP specification the build follows, e.g. 201511; 0 in a serial build.
 OPENMP = MHA_OPENMP
@@ -55,4 +58,6 @@ def runs(str level):
         return bool(mha_runs_avx2())
     if level == "avx512":
         return bool(mha_runs_avx512())
+    if level == "avx512bf16":
+        return bool(mha_runs_avx512bf16())
     return level == "baseline"

@@ -69,10 +69,14 @@ MHA_FUNCTION void MHA_NAME(load_vector)(int storage, const void *base, ptrdiff_t
 MHA_FUNCTION void MHA_NAME(store_vector)(int storage, void *base, ptrdiff_t start, ptrdiff_t stride, ptrdiff_t count,
                                          const MHA_REAL *value, ptrdiff_t value_stride, MHA_REAL factor)
 {
-#define STORE(kind)                                                                                \
-    case kind:                                                                                     \
-        for (ptrdiff_t i = 0; i < count; i++)                                                      \
-            MHA_NAME(store_one)(kind, base, start + i * stride, value[i * value_stride] * factor); \
+#define STORE(kind)                                                                                    \
+    case kind:                                                                                         \
+        if (stride == 1 && value_stride == 1)                                                          \
+            for (ptrdiff_t i = 0; i < count; i++)                                                      \
+                MHA_NAME(store_one)(kind, base, start + i, value[i] * factor);                         \
+        else                                                                                           \
+            for (ptrdiff_t i = 0; i < count; i++)                                                      \
+                MHA_NAME(store_one)(kind, base, start + i * stride, value[i * value_stride] * factor); \
         break;
     switch (storage) {
         STORE(MHA_FLOAT32)

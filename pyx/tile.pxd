@@ -1,7 +1,7 @@
 """What the C headers offer. Pointers that are `void*` here are `float*` or `double*`: the header picks the function
 by the pointer's type, and the C compiler checks the others against it.
 """
-from libc.stdint cimport int64_t, uint32_t
+from libc.stdint cimport int64_t, uint16_t, uint32_t
 
 ctypedef fused real:
     float
@@ -18,9 +18,17 @@ cdef extern from "lanes.h" nogil:
     int MHA_BFLOAT16
     int MHA_BOOL
 
+    # pairs.h
+    int MHA_PAIRED
+    void tile_product_pairs(Py_ssize_t rows, Py_ssize_t vectors, Py_ssize_t k, const uint16_t* a, Py_ssize_t a_row,
+                            Py_ssize_t a_k, const float* b, Py_ssize_t ldb, float* c, Py_ssize_t ldc, int accumulate)
+    void pair_rows(Py_ssize_t rows, Py_ssize_t width, const float* x, float* out)
+    void pair_values(Py_ssize_t count, const uint16_t* even, const uint16_t* odd, Py_ssize_t stride, uint32_t* out)
+    int pairs_finite(const uint16_t* x, Py_ssize_t count)
     # tile.h
     void tile_product(Py_ssize_t rows, Py_ssize_t vectors, Py_ssize_t k, const void* a, Py_ssize_t a_row,
                       Py_ssize_t a_k, const void* b, Py_ssize_t ldb, void* c, Py_ssize_t ldc, int accumulate)
+    # dots.h
     void tile_product_hiding(Py_ssize_t rows, Py_ssize_t vectors, Py_ssize_t k, const void* a, Py_ssize_t a_row,
                              Py_ssize_t a_k, const void* b, Py_ssize_t ldb, void* c, Py_ssize_t ldc,
                              int b_is_probability)

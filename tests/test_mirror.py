@@ -22,6 +22,8 @@ CPU_ONLY = {
     "schedule": "sharing work out among threads; on the GPU the hardware does it",
     "replay": "launches of a recorded call; the GPU has CUDA graphs",
     "vec": "vector arithmetic that CUDA C++ has",
+    "pairs": "products of bfloat16 pairs; on the GPU tile_tensor's",
+    "dots": "sums along rows; on the GPU a matter of each kernel's threads",
     "half": "conversions that are instructions on the GPU, in prim",
 }
 GPU_ONLY = {

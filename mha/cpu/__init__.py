@@ -57,7 +57,7 @@ def attention_forward(problem: AttentionProblem, heads_last: bool = False) -> tu
     rows = RowStatistics(np.empty_like(lse), np.empty_like(lse))
     if not lse.size:
         return output, lse, rows
-    facts = launch.facts(p.computing)
+    facts = launch.facts(p.dtype)
     plan = plan_forward(p.sizes, facts)
     block = launch.attention(p, facts.kernels)
     launch.follow(block, plan)
@@ -78,7 +78,7 @@ def attention_weights(problem: AttentionProblem, rows: RowStatistics, average: b
     weights = np.zeros((*p.batch_shape, heads, p.queries, p.keys), p.dtype)
     if not weights.size or not p.heads:
         return weights[..., 0, :, :] if average else weights
-    facts = launch.facts(p.computing)
+    facts = launch.facts(p.dtype)
     block = launch.attention(p, facts.kernels)
     _statistics(block, p, rows, facts)
     block.view("target", weights, p.batch_shape)
@@ -113,7 +113,7 @@ def attention_backward(
     if not p.batch * p.heads:
         zeros = [np.zeros((*p.batch_shape, *x.shape[-3:]), p.dtype) for x in (p.query, p.key, p.value)]
         return zeros[0], zeros[1], zeros[2], [np.zeros(shape, p.computing) for shape in mask_shapes]
-    facts = launch.facts(p.computing)
+    facts = launch.facts(p.dtype)
     block = launch.attention(p, facts.kernels)
     delta = np.empty((*p.batch_shape, p.heads, p.queries), p.computing)
     _statistics(block, p, rows, facts)
@@ -172,7 +172,8 @@ def product(left: Matrix, right: Matrix | launch.PackedMatrix, out: Matrix, bias
     (m, k), n = left.shape, right.shape[1]
     if m == 0 or n == 0:
         return
-    facts = launch.facts(computing)
+    operands = {left.array.dtype, (right.matrix if isinstance(right, launch.PackedMatrix) else right).array.dtype}
+    facts = launch.facts(left.array.dtype if len(operands) == 1 else computing)
     if isinstance(right, launch.PackedMatrix):
         if right.kernels is facts.kernels:
             launch.product(left, right, out, bias, plan_product(m, n, k, False, facts), facts)
@@ -197,7 +198,7 @@ def _contiguous(matrix: Matrix, axes: tuple[int, ...]) -> bool:
 
 def pack(right: Matrix) -> launch.PackedMatrix:
     """The right operand of many products, laid out for them once."""
-    facts = launch.facts(COMPUTING[right.array.dtype])
+    facts = launch.facts(right.array.dtype)
     return launch.pack(right, plan_product(1024, right.shape[1], right.shape[0], False, facts), facts)
 
 
@@ -209,7 +210,7 @@ def residual_norm(
     output = np.empty(x.shape, x.dtype)
     total = output if norm is None else x if plain else np.empty(x.shape, x.dtype)
     if x.size:
-        facts = launch.facts(COMPUTING[x.dtype])
+        facts = launch.facts(x.dtype)
         arrays = {"x": x, "residual": residual, "output": output, "total": None if norm is None or plain else total}
         plan = plan_residual_norm(x.shape[0] * x.shape[1], x.shape[2], facts)
         launch.residual_norm("residual_norm", arrays, None, dropout, norm, plan, facts)

@@ -35,7 +35,7 @@ def config() -> dict[str, Any]:
 
 def explain(problem: AttentionProblem) -> Explanation:
     """The kernels that would run, from the plans that `attention_forward` and `attention_backward` follow."""
-    p, facts = problem, launch.facts(problem.computing)
+    p, facts = problem, launch.facts(problem.dtype)
     block = launch.attention(p, facts.kernels)
     row_bytes = p.batch * p.heads * p.queries * p.computing.itemsize
     forward, partials = [], 0

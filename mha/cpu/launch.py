@@ -92,10 +92,11 @@ def _aligned(size: int) -> Array:
     return memory[start : start + size]
 
 
-def facts(computing: np.dtype[Any]) -> Facts:
-    """The chosen kernels, and what plans depend on with them."""
-    kernels = load.kernels(load.chosen_level())
-    return Facts(kernels.VECTOR_BYTES // computing.itemsize, computing.itemsize, get_num_threads(), kernels)
+def facts(dtype: np.dtype[Any]) -> Facts:
+    """The chosen kernels, and what plans for arrays of a dtype depend on with them."""
+    kernels, itemsize = load.kernels(load.chosen_level()), COMPUTING[dtype].itemsize
+    paired = bool(kernels.PAIRED) and dtype.name == "bfloat16"
+    return Facts(kernels.VECTOR_BYTES // itemsize, itemsize, get_num_threads(), kernels, paired)
 
 
 def attention(problem: AttentionProblem, kernels: ModuleType) -> Launch:
@@ -108,7 +109,7 @@ def attention(problem: AttentionProblem, kernels: ModuleType) -> Launch:
 def follow(launch: Launch, plan: AttentionPlan) -> None:
     """The plan's part of the block."""
     launch.set(vectors=plan.vectors, panels=plan.panels, key_block=plan.key_block)
-    launch.set(splits=plan.splits, fused=plan.fused, main_thread=_in_main_thread())
+    launch.set(splits=plan.splits, fused=plan.fused, paired=plan.paired, main_thread=_in_main_thread())
 
 
 def residual_norm(
@@ -149,7 +150,7 @@ def product(
     for name, matrix in (("left", left), ("right", source), ("out", out)):
         launch.matrix(name, matrix)
     launch.pointer("bias", None if bias is None else np.ascontiguousarray(bias))
-    launch.set(bias_by_rows=bias_by_rows)
+    launch.set(bias_by_rows=bias_by_rows, paired=plan.paired)
     launch.set(vectors=plan.vectors, row_block=plan.row_block, panels=plan.panels, k_block=plan.k_block)
     if isinstance(right, PackedMatrix):
         launch.set(right_lies=_PACKED, **{"right.data": 0})
@@ -165,7 +166,8 @@ def pack(right: Matrix, plan: ProductPlan, facts: Facts) -> PackedMatrix:
     """The right operand of products, in panels once and for all."""
     launch = Launch(PRODUCT, facts.kernels, COMPUTING[right.array.dtype])
     k, n = right.shape
-    launch.set(k=k, n=n, vectors=plan.vectors, row_block=1, panels=1, k_block=1, main_thread=_in_main_thread())
+    launch.set(k=k, n=n, vectors=plan.vectors, row_block=1, panels=1, k_block=1, paired=plan.paired)
+    launch.set(main_thread=_in_main_thread())
     launch.matrix("right", right)
     memory = _aligned(_packed_size(right, plan, facts))
     launch.pointer("packed", memory)
@@ -176,7 +178,8 @@ def pack(right: Matrix, plan: ProductPlan, facts: Facts) -> PackedMatrix:
 def _packed_size(right: Matrix, plan: ProductPlan, facts: Facts) -> int:
     k, n = right.shape
     width = plan.vectors * facts.lanes
-    return -(-n // width) * width * k * facts.itemsize
+    rows = -(-k // 2) if plan.paired else k
+    return -(-n // width) * width * rows * facts.itemsize
 
 
 def _matrix_view(matrix: Matrix) -> tuple[int, ...]:

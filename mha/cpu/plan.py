@@ -38,6 +38,8 @@ class Facts:
     itemsize: int
     threads: int
     kernels: Any = None
+    #: Whether operands are bfloat16 and the kernels multiply pairs of them in one instruction.
+    paired: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class AttentionPlan:
     key_block: int
     splits: int = 1
     fused: bool = False
+    paired: bool = False
     why: str = ""
 
 
@@ -64,7 +67,8 @@ def plan_forward(sizes: Sizes, facts: Facts) -> AttentionPlan:
             "attention_decode", min(threads, items), vectors=4, panels=1, key_block=max(sizes.queries, 1),
             splits=splits, why=f"{sizes.rows} query rows a key head: memory decides, keys in {splits} parts",
         )  # fmt: skip
-    wide = 4 * facts.lanes * facts.itemsize * sizes.head_dim > _QUERY_PANEL
+    itemsize = 2 if facts.paired else facts.itemsize
+    wide = 4 * facts.lanes * itemsize * sizes.head_dim > _QUERY_PANEL
     vectors = min(3 if wide else 4, _ceil(sizes.rows, facts.lanes))
     heads = sizes.batch * sizes.kv_heads
     panels = 3 if wide else 2
@@ -73,7 +77,7 @@ def plan_forward(sizes: Sizes, facts: Facts) -> AttentionPlan:
     items = heads * _ceil(sizes.rows, panels * vectors * facts.lanes)
     key_block = 128 if wide and sizes.keys >= _LONG else 64
     return AttentionPlan(
-        "attention_forward", min(threads, items), vectors, panels, key_block,
+        "attention_forward", min(threads, items), vectors, panels, key_block, paired=facts.paired,
         why=f"{items} row blocks of {panels * vectors * facts.lanes} queries",
     )  # fmt: skip
 
@@ -137,6 +141,7 @@ class ProductPlan:
     panels: int
     k_block: int
     in_place: bool
+    paired: bool = False
 
 
 def plan_product(m: int, n: int, k: int, right_in_place: bool, facts: Facts) -> ProductPlan:
@@ -150,7 +155,7 @@ def plan_product(m: int, n: int, k: int, right_in_place: bool, facts: Facts) -> 
     panels = min(8, panels_in_all)
     while panels > 1 and _ceil(m, row_block) * _ceil(panels_in_all, panels) < 4 * threads:
         panels = _ceil(panels, 2)
-    return ProductPlan(threads, vectors, row_block, panels, min(256, max(k, 1)), in_place)
+    return ProductPlan(threads, vectors, row_block, panels, min(256, max(k, 1)), in_place, facts.paired)
 
 
 def turn_round(m: int, n: int, right_by_columns: bool, facts: Facts) -> bool:

@@ -10,8 +10,17 @@ import numpy as np
 from cases import Case, call_options
 from tolerance import TRUTH
 
-from mha import core, reference
+from mha import core, optional, reference
+from mha.cpu import load
 from mha.problem import AttentionProblem
+
+
+def taken(x: Any, level: str, kind: Any = None) -> Any:
+    """What the products of a level see, or give for operands of `kind`: subnormals are 0 to the instruction that
+    multiplies pairs of bfloat16."""
+    if not load.kernels(level).PAIRED or (x.dtype if kind is None else kind) != optional.bfloat16:
+        return x
+    return np.where(np.abs(x.astype(np.float32)) < np.finfo(np.float32).tiny, 0, x).astype(x.dtype)
 
 
 def problem_of(case: Case, arrays: dict[str, Any]) -> AttentionProblem:
