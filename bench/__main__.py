@@ -100,9 +100,14 @@ def main(argv: list[str] | None = None) -> int:
     workers = {name: Worker(name, options.threads) for name in names}
     for name in [name for name, worker in workers.items() if worker.unavailable]:
         print(f"{name}: passed over, {workers.pop(name).unavailable}")
-    limits = measure_limits(chosen, workers, options.threads)
-    print(", ".join([f"{options.threads} threads", *(f"{name} {value:.0f}" for name, value in limits.items()
-                                                     if not name.startswith("read "))]) + " GFLOP/s")  # fmt: skip
+    limits = measure_limits(workers, options.threads)
+    known = [
+        ("multiply-add peak", "peak", "GFLOP/s"),
+        ("NumPy's SGEMM", "sgemm", "GFLOP/s"),
+        ("memory", "read", "GB/s"),
+    ]
+    parts = [f"{text} {limits[name]:.0f} {unit}" for text, name, unit in known if name in limits]
+    print(f"{options.threads} threads: {', '.join(parts)}")
     results = []
     for i, job in enumerate(chosen):
         if sys.stderr.isatty():
@@ -125,14 +130,12 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def measure_limits(chosen: list[Job], workers: dict[str, Worker], threads: int) -> dict[str, float]:
-    """Multiply-adds from register to register and NumPy's SGEMM in GFLOP/s; "read <bytes>" in GB/s."""
-    limits = {"peak": fma_peak(threads)}
+def measure_limits(workers: dict[str, Worker], threads: int) -> dict[str, float]:
+    """Multiply-adds from register to register and NumPy's SGEMM in GFLOP/s, reading memory in GB/s."""
+    limits = {"peak": fma_peak(threads), "read": read_bandwidth(threads)}
     if "numpy" in workers:
         cube = next(job for job in jobs() if job.name == "product 4096x4096x4096")
         limits["sgemm"] = measure(cube, {"numpy": workers["numpy"]}, 3, 1.0)["libraries"]["numpy"]["gflops"]
-    for count in {job.read_bytes for job in chosen if job.kind == "attention" and job.sizes[3] == 1}:
-        limits[f"read {count}"] = read_bandwidth(threads, count)
     return limits
 
 

@@ -19,14 +19,13 @@ def fma_peak(threads: int) -> float:
     return threads * _best(lambda: int(kernel(2_000_000)))
 
 
-def read_bandwidth(threads: int, count: int = _READ_BYTES) -> float:
-    """GB/s at which the threads together read this many bytes, over and over."""
+def read_bandwidth(threads: int) -> float:
+    """GB/s at which the threads together read memory."""
     from mha.cpu import load
 
     kernel = load.kernels(load.chosen_level()).read_all
-    x = np.ones(count // 4, np.float32)
-    repeats = max(1, _READ_BYTES // count)
-    return _best(lambda: sum(int(kernel(x, threads)) for _ in range(repeats)))
+    x = np.ones(_READ_BYTES // 4, np.float32)
+    return _best(lambda: int(kernel(x, threads)))
 
 
 def _best(run: Callable[[], int], repeats: int = 7) -> float:

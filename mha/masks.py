@@ -182,8 +182,15 @@ def for_scaled_dot_product(
         fields["query_lengths"] = check.lengths("query_lengths", query_lengths, queries, sizes, xp)
     if attn_mask is not None:
         attn_mask = check.checked_dtype("attn_mask", attn_mask, dtype, "attend", xp)
-        pairs = xp.broadcast_to(check.attention_pairs(attn_mask, sizes), sizes.pairs)
-        fields.update({"pair_keep": pairs, "pair_hides": False} if pairs.dtype == np.bool_ else {"pair_bias": pairs})
+        pairs = check.attention_pairs(attn_mask, sizes)
+        if pairs.dtype == np.bool_ and pairs.shape[-3:-1] in ((1, 1), (1,)):
+            # Padding in the shape of an attention mask: one row for all heads and queries of a sample.
+            rows = xp.broadcast_to(pairs.reshape(*pairs.shape[:-3], pairs.shape[-1]), (*batch_shape, keys))
+            fields["key_keep"] = xp.ascontiguousarray(rows).reshape(sizes.batch, keys)
+        else:
+            pairs = xp.broadcast_to(pairs, sizes.pairs)
+            named = {"pair_keep": pairs, "pair_hides": False}
+            fields.update(named if pairs.dtype == np.bool_ else {"pair_bias": pairs})
     return MaskSpec(**fields)
 
 

@@ -9,13 +9,17 @@ from libc.math cimport INFINITY
 from libc.stdint cimport int64_t
 from libc.string cimport memset
 from params cimport AttentionParams, TensorView, checked_params
-from tile cimport (real, lanes, tile_dots, tile_product, tile_product_hiding, softmax_absorb_row, multiply, all_finite,
-                   exp_one, load_vector, store_vector)
+from tile cimport (real, lanes, tile_dots, fetch_rows, tile_product, tile_product_hiding, softmax_absorb_row, multiply,
+                   all_finite, exp_one, load_vector, store_vector)
 from key_panel cimport (KeyPanel, carve_key_panel, key_panels, fill_key_panel, any_visible, mask_query_scores,
                         query_drop_factors)
 from mask cimport key_exists
 from storage cimport native_storage, element
 from schedule cimport mha_schedule, schedule_start, keep_going, next_item, finished, carve
+
+
+cdef enum:
+    ROWS = 4                        # of a tile: eight query heads of a key head are two full ones
 
 
 cdef struct DecodeScratch:
@@ -64,47 +68,63 @@ cdef const real* panel_rows(const AttentionParams* p, const TensorView* x, const
     return spare
 
 
+cdef void add_values(Py_ssize_t rows, Py_ssize_t count, Py_ssize_t columns, const real* weight, Py_ssize_t width,
+                     const real* value, int64_t value_row, bint hiding, const real* next_key, int64_t key_row,
+                     Py_ssize_t key_columns, real* output) noexcept nogil:
+    """output[rows][columns] += weight[rows][count] value[count][columns].
+
+    The next panel's keys are fetched in between: eight query heads of a key head compute for as long as memory takes,
+    and one after the other that was half the rate.
+    """
+    cdef Py_ssize_t tile = 4 * lanes(value), across = (columns + tile - 1) // tile, parts, part, r, d, vectors, done = 0
+    parts = (rows + ROWS - 1) // ROWS * across
+    for part in range(parts):
+        fetch_rows(count * (part + 1) // parts - done, key_columns, next_key + done * key_row, key_row)
+        done = count * (part + 1) // parts
+        r = part // across * ROWS
+        d = part % across * tile
+        vectors = min(tile, columns - d) // lanes(value)
+        if hiding:
+            tile_product_hiding(min(ROWS, rows - r), vectors, count, weight + r * width, width, 1, value + d, value_row,
+                                output + r * columns + d, columns, 0)
+        else:
+            tile_product(min(ROWS, rows - r), vectors, count, weight + r * width, width, 1, value + d, value_row,
+                         output + r * columns + d, columns, 1)
+
+
 cdef void decode_panel(const AttentionParams* p, DecodeScratch* scratch, real* output, real* maximum,
                        real* sum) noexcept nogil:
     """Takes the panel's keys into the running results of every row of the group."""
     cdef KeyPanel* panel = &scratch.panel
     cdef Py_ssize_t width = panel.width, group = p.heads // p.kv_heads, columns = padded(p.v_head_dim, output), g, r, d
-    cdef int64_t key_row, value_row, step
+    cdef Py_ssize_t rows = group * p.queries
+    cdef int64_t key_row, value_row
     cdef const real* key = panel_rows(p, &p.key, panel, p.head_dim, p.head_dim, <real*>scratch.key, &key_row)
     cdef const real* value = panel_rows(p, &p.value, panel, p.v_head_dim, columns, <real*>scratch.value, &value_row)
     cdef real* scores = <real*>scratch.scores
     cdef real* s
     cdef real factor
     cdef bint partial = False
+    tile_dots(panel.count, p.head_dim, key, key_row, rows, <const real*>scratch.query, scores, width, value, value_row)
     for g in range(group):
         s = scores + g * p.queries * width
         for r in range(p.queries):
-            tile_dots(panel.count, p.head_dim, key, key_row, <real*>scratch.query + (g * p.queries + r) * p.head_dim,
-                      s + r * width)
             memset(s + r * width + panel.count, 0, (width - panel.count) * sizeof(real))
         if mask_query_scores(p, panel, panel.kv_head * group + g, 0, p.queries, s, <real*>scratch.spare, <real*>NULL):
             partial = True
         if p.dropout:
             query_drop_factors(p, panel, panel.kv_head * group + g, 0, p.queries,
                                <real*>scratch.factor + g * p.queries * width)
-    for r in range(group * p.queries):
+    for r in range(rows):
         factor = <real>softmax_absorb_row(panel.vectors, scores + r * width, maximum + r, sum + r)
         if factor != 1:
             for d in range(columns):
                 output[r * columns + d] *= factor
     if p.dropout:
-        multiply(group * p.queries * width, scores, scores, <const real*>scratch.factor)
+        multiply(rows * width, scores, scores, <const real*>scratch.factor)
     partial = partial and not all_finite(value, panel.count, value_row, p.v_head_dim, 1)
-    d = 0
-    while d < columns:
-        step = min(4 * lanes(output), columns - d)
-        if partial:
-            tile_product_hiding(group * p.queries, step // lanes(output), panel.count, scores, width, 1, value + d,
-                                value_row, output + d, columns, 0)
-        else:
-            tile_product(group * p.queries, step // lanes(output), panel.count, scores, width, 1, value + d, value_row,
-                         output + d, columns, 1)
-        d += step
+    add_values(rows, panel.count, columns, scores, width, value, value_row, partial, key + panel.count * key_row,
+               key_row, p.head_dim, output)
 
 
 cdef void decode_split(const AttentionParams* p, DecodeScratch* scratch, int64_t item, mha_schedule* schedule,

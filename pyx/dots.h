@@ -3,30 +3,73 @@
  */
 #define LANES MHA_NAME(mha_lanes)
 #define VECTOR MHA_NAME(mha_vector)
-/* out[j] = sum over d of rows[j][d] * x[d] for rows with contiguous columns: the scores of one query, lanes along d. */
-MHA_FUNCTION void MHA_NAME(tile_dots)(ptrdiff_t count, ptrdiff_t columns, const MHA_REAL *rows, ptrdiff_t row,
-                                      const MHA_REAL *x, MHA_REAL *out)
+/* keys x rows = LANES dot products at once: their partial sums fill a register each and are folded together. */
+MHA_INLINE void MHA_NAME(dots_body)(const int keys, const int rows, ptrdiff_t columns, const MHA_REAL *const *key,
+                                    const MHA_REAL *const *x, MHA_REAL *out, const MHA_REAL *ahead, ptrdiff_t ahead_row)
 {
-    const ptrdiff_t whole = columns / LANES * LANES;
-    for (ptrdiff_t j = 0; j < count; j++, rows += row) {
-        VECTOR even = {0}, odd = {0};
-        ptrdiff_t d = 0;
-        for (; d + LANES < whole; d += 2 * LANES) {
-            even += *(const VECTOR *)(rows + d) * *(const VECTOR *)(x + d);
-            odd += *(const VECTOR *)(rows + d + LANES) * *(const VECTOR *)(x + d + LANES);
+    VECTOR sum[LANES];
+    ptrdiff_t d = 0;
+#pragma GCC unroll 16
+    for (int l = 0; l < LANES; l++)
+        sum[l] = (VECTOR){0};
+    for (; d + LANES <= columns; d += LANES) {
+        VECTOR right[LANES];
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; r++)
+            right[r] = MHA_NAME(v_load)(x[r] + d);
+#pragma GCC unroll 16
+        for (int j = 0; j < keys; j++) {
+            const VECTOR left = MHA_NAME(v_load)(key[j] + d);
+            if (ahead)
+                __builtin_prefetch(ahead + j * ahead_row + d, 0, 2);
+#pragma GCC unroll 16
+            for (int r = 0; r < rows; r++)
+                sum[r * keys + j] += left * right[r];
         }
-        if (d < whole)
-            even += *(const VECTOR *)(rows + d) * *(const VECTOR *)(x + d);
-        even += odd;
-        MHA_REAL sum = 0, part[LANES];
-        *(VECTOR *)part = even;
-        for (ptrdiff_t half = LANES / 2; half > 0; half /= 2)
-            for (ptrdiff_t l = 0; l < half; l++)
-                part[l] += part[l + half];
-        for (d = whole; d < columns; d++)
-            sum += rows[d] * x[d];
-        out[j] = part[0] + sum;
     }
+    MHA_NAME(v_store)(out, MHA_NAME(v_sums)(sum));
+    for (; d < columns; d++)
+        for (int r = 0; r < rows; r++)
+            for (int j = 0; j < keys; j++)
+                out[r * keys + j] += key[j][d] * x[r][d];
+}
+
+enum { MHA_NAME(dots_rows) = LANES >= 16 ? 4 : LANES >= 4 ? 2 : 1 };
+
+/* out[r * ldo + j] = sum over d of key[j][d] * x[r][d] for rows with contiguous columns: the scores of a few queries,
+ * lanes along d. `ahead`, if not NULL, is what will be read next, as many rows of as many columns; a hint. */
+MHA_FUNCTION void MHA_NAME(tile_dots)(ptrdiff_t count, ptrdiff_t columns, const MHA_REAL *key, ptrdiff_t key_row,
+                                      ptrdiff_t rows, const MHA_REAL *x, MHA_REAL *out, ptrdiff_t ldo,
+                                      const MHA_REAL *ahead, ptrdiff_t ahead_row)
+{
+    const ptrdiff_t row_step = rows == 1 ? 1 : MHA_NAME(dots_rows), key_step = LANES / row_step;
+    for (ptrdiff_t j = 0; j < count; j += key_step)
+        for (ptrdiff_t r = 0; r < rows; r += row_step) {
+            const MHA_REAL *keys[LANES], *queries[LANES];
+            MHA_REAL made[LANES];
+            for (ptrdiff_t t = 0; t < key_step; t++)
+                keys[t] = key + (j + t < count ? j + t : count - 1) * key_row;
+            for (ptrdiff_t t = 0; t < row_step; t++)
+                queries[t] = x + (r + t < rows ? r + t : rows - 1) * columns;
+            const MHA_REAL *next = ahead && r == 0 ? ahead + j * ahead_row : NULL;
+            if (row_step == 1)
+                MHA_NAME(dots_body)(LANES, 1, columns, keys, queries, made, next, ahead_row);
+            else
+                MHA_NAME(dots_body)(LANES / MHA_NAME(dots_rows), MHA_NAME(dots_rows), columns, keys, queries, made,
+                                    next, ahead_row);
+            const ptrdiff_t made_keys = j + key_step < count ? key_step : count - j;
+            for (ptrdiff_t t = 0; t < row_step && r + t < rows; t++)
+                for (ptrdiff_t k = 0; k < made_keys; k++)
+                    out[(r + t) * ldo + j + k] = made[t * key_step + k];
+        }
+}
+
+/* Asks for rows that will be read soon, into the second cache; past the end of an array that is harmless. */
+MHA_FUNCTION void MHA_NAME(fetch_rows)(ptrdiff_t rows, ptrdiff_t columns, const MHA_REAL *x, ptrdiff_t row)
+{
+    for (ptrdiff_t i = 0; i < rows; i++)
+        for (ptrdiff_t d = 0; d < columns; d += 64 / (ptrdiff_t)sizeof(MHA_REAL))
+            __builtin_prefetch(x + i * row + d, 0, 2);
 }
 
 /* out[lanes] = sum over d of x[d][lanes] * y[d][lanes], in the order and with the rounding of tile_product: where one

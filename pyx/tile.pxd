@@ -32,7 +32,9 @@ cdef extern from "lanes.h" nogil:
     void tile_product_hiding(Py_ssize_t rows, Py_ssize_t vectors, Py_ssize_t k, const void* a, Py_ssize_t a_row,
                              Py_ssize_t a_k, const void* b, Py_ssize_t ldb, void* c, Py_ssize_t ldc,
                              int b_is_probability)
-    void tile_dots(Py_ssize_t count, Py_ssize_t columns, const void* rows, Py_ssize_t row, const void* x, void* out)
+    void tile_dots(Py_ssize_t count, Py_ssize_t columns, const void* key, Py_ssize_t key_row, Py_ssize_t rows,
+                   const void* x, void* out, Py_ssize_t ldo, const void* ahead, Py_ssize_t ahead_row)
+    void fetch_rows(Py_ssize_t rows, Py_ssize_t columns, const void* x, Py_ssize_t row)
     void tile_lane_dots(Py_ssize_t columns, Py_ssize_t vectors, const void* x, const void* y, void* out)
     # online_softmax.h
     double softmax_absorb_row(Py_ssize_t vectors, void* s, void* maximum, void* sum)

@@ -32,9 +32,6 @@ MHA_INLINE VECTOR MHA_NAME(v_max)(VECTOR x, VECTOR running)
 #endif
 }
 
-/* The LANES x LANES matrix whose rows these are becomes its transpose, in log2(LANES) exchanges of halves. */
-MHA_INLINE void MHA_NAME(v_transpose)(VECTOR *r)
-{
 #if MHA_VECTOR_BYTES / (MHA_IS_FLOAT ? 4 : 8) == 16
 #define EACH MHA_EACH_16
 #elif MHA_VECTOR_BYTES / (MHA_IS_FLOAT ? 4 : 8) == 8
@@ -46,6 +43,20 @@ MHA_INLINE void MHA_NAME(v_transpose)(VECTOR *r)
 #endif
 #define UPPER(l, h) (l & h ? LANES + l - h : l)
 #define LOWER(l, h) (l & h ? LANES + l : l + h)
+/* STEP(h) for h = 1, 2, 4 ... below LANES */
+#if MHA_VECTOR_BYTES / (MHA_IS_FLOAT ? 4 : 8) == 16
+#define STEPS(STEP) STEP(1) STEP(2) STEP(4) STEP(8)
+#elif MHA_VECTOR_BYTES / (MHA_IS_FLOAT ? 4 : 8) == 8
+#define STEPS(STEP) STEP(1) STEP(2) STEP(4)
+#elif MHA_VECTOR_BYTES / (MHA_IS_FLOAT ? 4 : 8) == 4
+#define STEPS(STEP) STEP(1) STEP(2)
+#else
+#define STEPS(STEP) STEP(1)
+#endif
+
+/* The LANES x LANES matrix whose rows these are becomes its transpose, in log2(LANES) exchanges of halves. */
+MHA_INLINE void MHA_NAME(v_transpose)(VECTOR *r)
+{
 #define EXCHANGE(h)                                                        \
     _Pragma("GCC unroll 16") for (int i = 0; i < LANES; i++) if (!(i & h)) \
     {                                                                      \
@@ -53,21 +64,24 @@ MHA_INLINE void MHA_NAME(v_transpose)(VECTOR *r)
         r[i] = MHA_SHUFFLE(BITS, a, b, EACH, UPPER, h);                    \
         r[i + h] = MHA_SHUFFLE(BITS, a, b, EACH, LOWER, h);                \
     }
-    EXCHANGE(1)
-#if MHA_VECTOR_BYTES / (MHA_IS_FLOAT ? 4 : 8) > 2
-    EXCHANGE(2)
-#endif
-#if MHA_VECTOR_BYTES / (MHA_IS_FLOAT ? 4 : 8) > 4
-    EXCHANGE(4)
-#endif
-#if MHA_VECTOR_BYTES / (MHA_IS_FLOAT ? 4 : 8) > 8
-    EXCHANGE(8)
-#endif
+    STEPS(EXCHANGE)
+#undef EXCHANGE
+}
+
+/* Lane l of the result is the sum of the lanes of r[l], always in the same order. */
+MHA_INLINE VECTOR MHA_NAME(v_sums)(VECTOR *r)
+{
+#define FOLD(h)                                                            \
+    _Pragma("GCC unroll 16") for (int i = 0; i < LANES; i += 2 * h) r[i] = \
+        MHA_SHUFFLE(BITS, r[i], r[i + h], EACH, UPPER, h) + MHA_SHUFFLE(BITS, r[i], r[i + h], EACH, LOWER, h);
+    STEPS(FOLD)
+#undef FOLD
+    return r[0];
+}
 #undef EACH
 #undef UPPER
 #undef LOWER
-#undef EXCHANGE
-}
+#undef STEPS
 
 /* exp(x) for x <= 80, within 1.1 ulp; below the smallest normal result exactly 0: subnormal probabilities would make the
  * products that follow six times slower. x = n ln 2 + r, with ln 2 in two parts so that r is as good as exact (Cody and

@@ -322,3 +322,17 @@ def test_whether_windows_leave_a_position_out() -> None:
     assert seen == {True, False}
     assert MaskSpec(query_lengths=np.array([2])).may_leave_out(2, 2)
     assert MaskSpec().may_leave_out(0, 2)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1, 7), (1, 1, 1, 7), (1, 1, 7), (1, 7), (3, 1, 1, 1)])
+def test_one_row_for_all_queries_is_padding(shape: tuple[int, ...]) -> None:
+    """Its hidden keys are passed over whole."""
+    mask = np.random.default_rng(0).random(shape) < 0.5
+    sizes = dict(batch_shape=(3,), heads=2, queries=4, keys=7, dtype=np.float32)
+    spec = for_scaled_dot_product(mask, **sizes)
+    assert spec.pair_keep is None
+    np.testing.assert_array_equal(spec.key_keep, np.broadcast_to(mask, (3, 1, 4, 7))[:, 0, 0])
+    visible, _ = materialise(spec, (3,), 2, 4, 7)
+    np.testing.assert_array_equal(visible, np.broadcast_to(mask, (3, 2, 4, 7)))
+    per_head = np.broadcast_to(mask, (3, 2, 1, 7)).copy()
+    assert for_scaled_dot_product(per_head, **sizes).key_keep is None
