@@ -57,6 +57,26 @@ enum { MHA_FLOAT32, MHA_FLOAT64, MHA_FLOAT16, MHA_BFLOAT16, MHA_BOOL };
 #define MHA_IS_FLOAT 1
 #define MHA_NAME(name) name##_f32
 #include "vec.h"
+#if defined(__AVX512F__)
+/* A vector at a time; the same values as half.h's, and any NaN is a quiet one. */
+MHA_INLINE mha_vector_f32 mha_lanes_from_float16(const uint16_t *p)
+{
+    return (mha_vector_f32)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+}
+MHA_INLINE void mha_lanes_to_float16(uint16_t *p, mha_vector_f32 value)
+{
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__F16C__)
+MHA_INLINE mha_vector_f32 mha_lanes_from_float16(const uint16_t *p)
+{
+    return (mha_vector_f32)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+}
+MHA_INLINE void mha_lanes_to_float16(uint16_t *p, mha_vector_f32 value)
+{
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
+}
+#endif
 #include "storage.h"
 #include "tile.h"
 #include "dots.h"

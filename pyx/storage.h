@@ -37,6 +37,44 @@ MHA_INLINE void MHA_NAME(store_one)(int storage, void *base, ptrdiff_t index, MH
     }
 }
 
+/* LANES neighbours. */
+MHA_INLINE VECTOR MHA_NAME(load_lanes)(int storage, const void *base, ptrdiff_t start)
+{
+    MHA_REAL x[LANES];
+    if (storage == (MHA_IS_FLOAT ? MHA_FLOAT32 : MHA_FLOAT64))
+        return MHA_NAME(v_load)((const MHA_REAL *)base + start);
+#if MHA_IS_FLOAT && defined(__F16C__)
+    if (storage == MHA_FLOAT16)
+        return mha_lanes_from_float16((const uint16_t *)base + start);
+#endif
+    for (int l = 0; l < LANES; l++)
+        x[l] = MHA_NAME(load_one)(storage, base, start + l);
+    return MHA_NAME(v_load)(x);
+}
+
+MHA_INLINE void MHA_NAME(store_lanes)(int storage, void *base, ptrdiff_t start, VECTOR value)
+{
+    if (storage == (MHA_IS_FLOAT ? MHA_FLOAT32 : MHA_FLOAT64))
+        MHA_NAME(v_store)((MHA_REAL *)base + start, value);
+#if MHA_IS_FLOAT && defined(__F16C__)
+    else if (storage == MHA_FLOAT16)
+        mha_lanes_to_float16((uint16_t *)base + start, value);
+#endif
+    else
+        for (int l = 0; l < LANES; l++)
+            MHA_NAME(store_one)(storage, base, start + l, value[l]);
+}
+
+MHA_INLINE void MHA_NAME(load_contiguous)(int storage, const void *base, ptrdiff_t start, ptrdiff_t count,
+                                          MHA_REAL *out)
+{
+    ptrdiff_t i = 0;
+    for (; i + LANES <= count; i += LANES)
+        MHA_NAME(v_store)(out + i, MHA_NAME(load_lanes)(storage, base, start + i));
+    for (; i < count; i++)
+        out[i] = MHA_NAME(load_one)(storage, base, start + i);
+}
+
 MHA_INLINE void MHA_NAME(load_strided)(int storage, const void *base, ptrdiff_t start, ptrdiff_t stride,
                                        ptrdiff_t count, MHA_REAL *out, ptrdiff_t out_stride)
 {
@@ -51,7 +89,7 @@ MHA_FUNCTION void MHA_NAME(load_vector)(int storage, const void *base, ptrdiff_t
 #define LOAD(kind)                                                                     \
     case kind:                                                                         \
         if (stride == 1 && out_stride == 1)                                            \
-            MHA_NAME(load_strided)(kind, base, start, 1, count, out, 1);               \
+            MHA_NAME(load_contiguous)(kind, base, start, count, out);                  \
         else                                                                           \
             MHA_NAME(load_strided)(kind, base, start, stride, count, out, out_stride); \
         break;
@@ -71,10 +109,13 @@ MHA_FUNCTION void MHA_NAME(store_vector)(int storage, void *base, ptrdiff_t star
 {
 #define STORE(kind)                                                                                    \
     case kind:                                                                                         \
-        if (stride == 1 && value_stride == 1)                                                          \
-            for (ptrdiff_t i = 0; i < count; i++)                                                      \
+        if (stride == 1 && value_stride == 1) {                                                        \
+            ptrdiff_t i = 0;                                                                           \
+            for (; i + LANES <= count; i += LANES)                                                     \
+                MHA_NAME(store_lanes)(kind, base, start + i, MHA_NAME(v_load)(value + i) * factor);    \
+            for (; i < count; i++)                                                                     \
                 MHA_NAME(store_one)(kind, base, start + i, value[i] * factor);                         \
-        else                                                                                           \
+        } else                                                                                         \
             for (ptrdiff_t i = 0; i < count; i++)                                                      \
                 MHA_NAME(store_one)(kind, base, start + i * stride, value[i * value_stride] * factor); \
         break;
@@ -85,26 +126,6 @@ MHA_FUNCTION void MHA_NAME(store_vector)(int storage, void *base, ptrdiff_t star
         STORE(MHA_BFLOAT16)
     }
 #undef STORE
-}
-
-/* LANES neighbours. */
-MHA_INLINE VECTOR MHA_NAME(load_lanes)(int storage, const void *base, ptrdiff_t start)
-{
-    MHA_REAL x[LANES];
-    if (storage == (MHA_IS_FLOAT ? MHA_FLOAT32 : MHA_FLOAT64))
-        return MHA_NAME(v_load)((const MHA_REAL *)base + start);
-    for (int l = 0; l < LANES; l++)
-        x[l] = MHA_NAME(load_one)(storage, base, start + l);
-    return MHA_NAME(v_load)(x);
-}
-
-MHA_INLINE void MHA_NAME(store_lanes)(int storage, void *base, ptrdiff_t start, VECTOR value)
-{
-    if (storage == (MHA_IS_FLOAT ? MHA_FLOAT32 : MHA_FLOAT64))
-        MHA_NAME(v_store)((MHA_REAL *)base + start, value);
-    else
-        for (int l = 0; l < LANES; l++)
-            MHA_NAME(store_one)(storage, base, start + l, value[l]);
 }
 
 MHA_INLINE void MHA_NAME(load_transposed_as)(int storage, const void *base, const int64_t *starts, ptrdiff_t stride,
