@@ -42,7 +42,7 @@ def backend_of(*arrays: Any) -> Any:
     TypeError
         If they belong to different libraries, or to one that nothing here computes on.
     RuntimeError
-        If ``MHA_BACKEND`` names no backend.
+        If ``MHA_BACKEND`` names no backend, or one that does not compute on them.
     """
     return _backend(array_module(*arrays).__name__)
 
@@ -55,7 +55,8 @@ def checked_library(library: ModuleType) -> ModuleType:
     TypeError
         If nothing here computes on its arrays.
     RuntimeError
-        If it finds no device, or none that the kernels run on; or if ``MHA_BACKEND`` names no backend.
+        If it finds no device, or none that the kernels run on; or if ``MHA_BACKEND`` names no backend, or one
+        that does not compute on them.
     """
     _backend(library.__name__).check(library)
     return library
@@ -63,13 +64,17 @@ def checked_library(library: ModuleType) -> ModuleType:
 
 def _backend(library: str) -> Any:
     forced = os.environ.get("MHA_BACKEND")
-    if forced:
-        if forced not in _BY_NAME:
-            raise RuntimeError(f"MHA_BACKEND={forced!r} is none of {', '.join(_BY_NAME)}. Choose one, or unset it.")
-        return _module(_BY_NAME[forced])
-    if library not in _BACKENDS:
-        raise TypeError(f"there is no backend for {library} arrays. Convert them to {' or '.join(_BACKENDS)}.")
-    return _module(_BACKENDS[library])
+    own = _BACKENDS.get(library)
+    if not forced:
+        if own is None:
+            raise TypeError(f"there is no backend for {library} arrays. Convert them to {' or '.join(_BACKENDS)}.")
+        return _module(own)
+    if forced not in _BY_NAME:
+        raise RuntimeError(f"MHA_BACKEND={forced!r} is none of {', '.join(_BY_NAME)}. Choose one, or unset it.")
+    # Kernels that took the addresses of another library's arrays would read memory that is not theirs.
+    if forced != "reference" and _BY_NAME[forced] != own:
+        raise RuntimeError(f"MHA_BACKEND={forced!r} does not compute on {library} arrays. Unset it.")
+    return _module(_BY_NAME[forced])
 
 
 def backend_for(problem: AttentionProblem) -> Any:

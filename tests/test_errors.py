@@ -162,3 +162,14 @@ def test_absurd_sizes_raise_before_anything_is_allocated() -> None:
     huge = np.broadcast_to(np.float32(0), (2**29, 2**28, 8))
     with pytest.raises(ValueError, match="64-bit"):
         sdpa(huge, huge, huge)
+
+
+@pytest.mark.parametrize(("forced", "message"), [("gpu", "does not compute on numpy arrays"), ("tpu", "is none of cpu")])
+def test_a_backend_that_cannot_be_forced(forced: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = np.ones((2, 3, 4), np.float32)
+    layer = mha.MultiHeadAttention(4, 2)
+    monkeypatch.setenv("MHA_BACKEND", forced)
+    with pytest.raises(RuntimeError, match=message):
+        mha.scaled_dot_product_attention(x, x, x)
+    with pytest.raises(RuntimeError, match=message):
+        layer(x, x, x)

@@ -35,8 +35,6 @@ _WEIGHTS, _AVERAGE, _MASK_GRADIENT, _DELTA, _ROW_SCALE = range(5)
 def unsupported_reasons(problem: AttentionProblem) -> list[str]:
     """Why this backend cannot run the problem; empty if it can."""
     reasons = []
-    if problem.xp is not np:
-        reasons.append(f"its arrays are {problem.xp.__name__}'s, not NumPy's")
     if problem.dropout is not None and problem.dropout.state is None:
         reasons.append("it draws dropout from a state and takes no explicit mask")
     return reasons
