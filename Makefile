@@ -54,7 +54,7 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PATH="$(abspath $(BIN)):$$PATH" cython-lint pyx
-	$(BIN)/clang-format --dry-run --Werror pyx/*.h cupy_kernels/*.cu* tests/emulator/*.h tests/emulator/*.cuh tests/emulator/*.cpp tests/gpu/*.cu
+	$(BIN)/clang-format --dry-run --Werror pyx/*.h cupy_kernels/*.cu* tests/emulator/*.h tests/emulator/*/*.h tests/emulator/*.cuh tests/emulator/*.cpp tests/gpu/*.cu
 	$(BIN)/mypy
 
 clean:

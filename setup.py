@@ -27,6 +27,7 @@ X86_LEVELS = {
     "avx2": [*AVX2, "-mtune=haswell"],
     "avx512": [*AVX2, *AVX512, "-mtune=skylake-avx512"],
     "avx512bf16": [*AVX2, *AVX512, "-mavx512bf16", "-mtune=skylake-avx512"],
+    "amx": [*AVX2, *AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mtune=skylake-avx512"],
 }
 LEVELS = X86_LEVELS if platform.machine().lower() in ("x86_64", "amd64") else {"baseline": []}
 
@@ -57,9 +58,18 @@ KERNELS = [
 
 
 class BuildKernels(build_ext):
-    """Adds OpenMP where the compiler has it; without it the same sources make a serial build."""
+    """Adds OpenMP where the compiler has it; without it the same sources make a serial build. A level whose flags an
+    older compiler does not know is left out."""
 
     def build_extensions(self) -> None:
+        nothing = "int main(void) { return 0; }\n"
+        known = [x for x in self.extensions if self._compiles(x.extra_compile_args, nothing)]
+        for extension in self.extensions:
+            if extension not in known:
+                self.warn(
+                    f"{extension.name} is left out: the compiler refuses {' '.join(extension.extra_compile_args)}"
+                )
+        self.extensions = known or self.extensions
         program = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n"
         flags = ["-fopenmp"] if self._compiles(["-fopenmp"], program) else []
         for extension in self.extensions:

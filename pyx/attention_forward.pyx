@@ -8,11 +8,11 @@ from libc.math cimport INFINITY, log
 from libc.stdint cimport int64_t, uint16_t
 from libc.string cimport memset
 from params cimport AttentionParams, checked_params
-from tile cimport (real, lanes, tile_product, tile_product_hiding, tile_product_pairs, pair_rows, pairs_finite,
-                   softmax_absorb, scale_lanes)
+from tile cimport (real, lanes, tile_product, tile_product_hiding, pair_product, pair_rows, pairs_finite,
+                   softmax_absorb, scale_lanes, mha_tiles_begin, mha_tiles_end, MHA_TILED)
 from mask cimport Panel, carve_panel, fill_panel, next_block, mask_scores, drop_scores
 from storage cimport Block, key_rows, block_finite, load_panel, store_panel
-from pairs cimport key_pairs, value_pairs
+from pairs cimport key_pairs, value_pairs, turned_row
 from schedule cimport mha_schedule, schedule_start, keep_going, next_item, finished, carve
 
 cdef enum:
@@ -31,13 +31,14 @@ cdef struct ForwardScratch:
     char* key                       # a converted block of K, [key_block][D]
     char* value
     char* value_pairs               # [pairs of keys][Dv]
+    char* value_turned              # [Dv][pairs of keys]
 
 
 cdef Py_ssize_t carve_forward(const AttentionParams* p, char* base, ForwardScratch* scratch,
                               const real* kind) noexcept nogil:
     """Lays out one thread's scratch memory and returns its size."""
     cdef char* cursor = base
-    cdef Py_ssize_t width = p.vectors * lanes(kind), size = sizeof(real), i
+    cdef Py_ssize_t width = p.vectors * lanes(kind), size = sizeof(real), i, pairs
     for i in range(p.panels):
         carve_panel(&scratch.panels[i], p.vectors, &cursor, kind)
         scratch.query[i] = carve(&cursor, p.head_dim * width * size)
@@ -49,7 +50,11 @@ cdef Py_ssize_t carve_forward(const AttentionParams* p, char* base, ForwardScrat
     scratch.spare = carve(&cursor, p.key_block * width * size)
     scratch.key = carve(&cursor, p.key_block * p.head_dim * size)
     scratch.value = carve(&cursor, p.key_block * p.v_head_dim * size)
-    scratch.value_pairs = carve(&cursor, (p.key_block + 1) // 2 * p.v_head_dim * size if p.paired else 0)
+    if p.paired:
+        # Transposing takes whole tiles, past the last column too.
+        pairs = turned_row(p.key_block)
+        scratch.value_pairs = carve(&cursor, (pairs * p.v_head_dim + 16) * size)
+        scratch.value_turned = carve(&cursor, (p.v_head_dim + 15) // 16 * 16 * pairs * size if MHA_TILED else 0)
     return cursor - base
 
 
@@ -62,8 +67,8 @@ cdef void absorb_block(const AttentionParams* p, ForwardScratch* scratch, Py_ssi
     cdef real* rescale = <real*>scratch.rescale
     cdef Py_ssize_t width = panel.width
     if real is float and p.paired:
-        tile_product_pairs(count, panel.vectors, (p.head_dim + 1) // 2, <const uint16_t*>key.data, key.row, key.column,
-                           <const float*>scratch.query[i], width, s, width, 0)
+        pair_product(count, panel.vectors, (p.head_dim + 1) // 2, <const uint16_t*>key.data, key.row, key.column,
+                     <const float*>scratch.query[i], width, s, width, 0)
     else:
         tile_product(count, panel.vectors, p.head_dim, <const real*>key.data, key.row, key.column,
                      <const real*>scratch.query[i], width, s, width, 0)
@@ -73,10 +78,10 @@ cdef void absorb_block(const AttentionParams* p, ForwardScratch* scratch, Py_ssi
     if p.dropout:
         drop_scores(p, panel, j, count, s)
     if real is float and p.paired:
-        if not partial or pairs_finite(<const uint16_t*>value.data, (count + 1) // 2 * value.row):
+        if not partial or pairs_finite(<const uint16_t*>scratch.value_pairs, (count + 1) // 2 * 2 * p.v_head_dim):
             pair_rows(count, width, s, s)
-            tile_product_pairs(p.v_head_dim, panel.vectors, (count + 1) // 2, <const uint16_t*>value.data,
-                               value.column, value.row, s, width, output, width, 1)
+            pair_product(p.v_head_dim, panel.vectors, (count + 1) // 2, <const uint16_t*>value.data, value.column,
+                         value.row, s, width, output, width, 1)
             return
         value = key_rows(p, &p.value, panel.sample, panel.kv_head, j, count, p.v_head_dim, <real*>scratch.value)
     if partial and not block_finite(value, count, p.v_head_dim, kind):
@@ -140,7 +145,7 @@ cdef void forward_block(const AttentionParams* p, Py_ssize_t n, Py_ssize_t kv_he
             break
         if p.paired:
             key = key_pairs(p, n, kv_head, j, count, scratch.key)
-            value = value_pairs(p, n, kv_head, j, count, scratch.value_pairs)
+            value = value_pairs(p, n, kv_head, j, count, scratch.value_pairs, scratch.value_turned)
         else:
             key = key_rows(p, &p.key, n, kv_head, j, count, p.head_dim, <real*>scratch.key)
             value = key_rows(p, &p.value, n, kv_head, j, count, p.v_head_dim, <real*>scratch.value)
@@ -158,6 +163,8 @@ cdef void forward_worker(const AttentionParams* p, mha_schedule* schedule, int t
     cdef int64_t total = p.heads // p.kv_heads * p.queries
     blocks = (total + rows - 1) // rows
     carve_forward(p, p.scratch + thread * p.scratch_bytes, &scratch, kind)
+    if p.paired:
+        mha_tiles_begin()
     item = next_item(schedule, thread, -1)
     while item >= 0:
         # the last rows see most under a causal mask: longest first
@@ -165,6 +172,8 @@ cdef void forward_worker(const AttentionParams* p, mha_schedule* schedule, int t
         item = item % (p.batch * p.kv_heads)
         forward_block(p, item // p.kv_heads, item % p.kv_heads, block * rows, &scratch, schedule, thread, kind)
         item = next_item(schedule, thread, item)
+    if p.paired:
+        mha_tiles_end()
 
 
 cdef int run_forward(const AttentionParams* p, const real* kind) except -1:

@@ -40,6 +40,9 @@
 #define MHA_EACH_4(F, h) MHA_EACH_2(F, h), F(2, h), F(3, h)
 #define MHA_EACH_8(F, h) MHA_EACH_4(F, h), F(4, h), F(5, h), F(6, h), F(7, h)
 #define MHA_EACH_16(F, h) MHA_EACH_8(F, h), F(8, h), F(9, h), F(10, h), F(11, h), F(12, h), F(13, h), F(14, h), F(15, h)
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__)
+#define MHA_AMX
+#endif
 #define MHA_INLINE static inline __attribute__((always_inline, unused))
 #define MHA_FUNCTION static __attribute__((unused))
 

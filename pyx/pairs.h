@@ -1,7 +1,7 @@
 /* Products of bfloat16 whose sums are float32, two terms at a time: an operand lies as pairs of neighbours along k in 32
  * bits. One instruction takes 16 pairs where the processor has it, twice the multiply-adds of float32; its products are
  * exact, subnormals count as 0. Elsewhere converting whole blocks to float32 is faster: plans take pairs only where
- * MHA_PAIRED is 1.
+ * MHA_PAIRED is 1. Where it has matrix tiles too, MHA_TILED, the left operand's rows are to be contiguous.
  */
 #if defined(__AVX512BF16__)
 enum { MHA_PAIRED = 1 };
@@ -44,6 +44,19 @@ MHA_INLINE mha_vector_f32 mha_multiply_add_pairs(mha_vector_f32 sum, uint32_t le
 #include "tile.h"
 #undef MHA_REAL
 #undef MHA_NAME
+
+#if defined(MHA_AMX)
+enum { MHA_TILED = 1 };
+#include "amx.h"
+#else
+enum { MHA_TILED = 0 };
+MHA_INLINE void mha_tiles_begin(void) {}
+MHA_INLINE void mha_tiles_end(void) {}
+/* c[rows][vectors * LANES] (+)= a[rows][k pairs] b[k pairs][vectors * LANES], any number of rows; its thread is between
+ * mha_tiles_begin and mha_tiles_end. */
+#define pair_product tile_product_pairs
+MHA_INLINE void turn_pairs(ptrdiff_t pairs, ptrdiff_t columns, const uint32_t *x, uint32_t *out, ptrdiff_t out_row) {}
+#endif
 
 /* out[p][l] = (x[2 p][l], x[2 p + 1][l]) rounded to bfloat16, for x[rows][width]; a last row alone is paired with zeros.
  * `out` may be `x`. */

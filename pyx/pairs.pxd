@@ -5,7 +5,7 @@ A `Block` here counts 16-bit values: its element (j, d) is a pair, of neighbours
 from libc.stdint cimport int64_t, uint16_t, uint32_t
 from libc.string cimport memset
 from params cimport AttentionParams, TensorView
-from tile cimport pair_values
+from tile cimport MHA_TILED, pair_values, turn_pairs
 from mask cimport block_has_hidden, key_exists
 from storage cimport Block, element
 
@@ -40,8 +40,8 @@ cdef inline Block key_pairs(const AttentionParams* p, Py_ssize_t n, Py_ssize_t h
 
 
 cdef inline Block value_pairs(const AttentionParams* p, Py_ssize_t n, Py_ssize_t h, int64_t j, int64_t count,
-                              char* spare) noexcept nogil:
-    """Values j .. j + count, pairs along the keys: spare[pairs of keys][columns]."""
+                              char* spare, char* turned) noexcept nogil:
+    """Values j .. j + count, pairs along the keys: spare[pairs of keys][columns]; and for matrix tiles transposed."""
     cdef const TensorView* x = &p.value
     cdef const uint16_t* data = <const uint16_t*>x.data
     cdef const uint16_t* even
@@ -65,7 +65,17 @@ cdef inline Block value_pairs(const AttentionParams* p, Py_ssize_t n, Py_ssize_t
             if second:
                 shift_in(p.v_head_dim, odd, x.column, out)
         out += p.v_head_dim
+    if MHA_TILED:
+        block.data = turned
+        block.row = 2
+        block.column = 2 * turned_row(p.key_block)
+        turn_pairs((count + 1) // 2, p.v_head_dim, <const uint32_t*>spare, <uint32_t*>turned, block.column // 2)
     return block
+
+
+cdef inline Py_ssize_t turned_row(int64_t key_block) noexcept nogil:
+    """Pairs of keys from one column of transposed values to the next: whole tiles."""
+    return (key_block + 31) // 32 * 16
 
 
 cdef inline void shift_in(int64_t count, const uint16_t* odd, int64_t stride, uint32_t* out) noexcept nogil:

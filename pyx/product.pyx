@@ -8,8 +8,8 @@ from cython.parallel cimport parallel, threadid
 from libc.stdint cimport int64_t, uint16_t
 from libc.string cimport memset
 from params cimport MatrixView, ProductParams, checked_product_params
-from tile cimport (real, lanes, tile_product, tile_product_pairs, pair_rows, load_vector, store_vector, load_transposed,
-                   MHA_BFLOAT16, MOST_LANES)
+from tile cimport (real, lanes, tile_product, pair_product, pair_rows, load_vector, store_vector, load_transposed,
+                   mha_tiles_begin, mha_tiles_end, MHA_BFLOAT16, MOST_LANES)
 from storage cimport native_storage
 from schedule cimport (mha_schedule, schedule_start, schedule_stop, schedule_stopped, wait_for_all, keep_going,
                        next_item, finished, carve)
@@ -200,8 +200,8 @@ cdef void product_item(const ProductParams* p, ProductScratch* scratch, int64_t 
                 right = packed_panel(p, panel, k, kind)
                 stride = width
             if real is float and p.paired:
-                tile_product_pairs(rows, vectors, (count + 1) // 2, pairs, row, column, right, stride,
-                                   out + (panel - first_panel) * p.row_block * width, width, k > 0)
+                pair_product(rows, vectors, (count + 1) // 2, pairs, row, column, right, stride,
+                             out + (panel - first_panel) * p.row_block * width, width, k > 0)
             else:
                 tile_product(rows, vectors, count, left, row, column, right, stride,
                              out + (panel - first_panel) * p.row_block * width, width, k > 0)
@@ -236,10 +236,14 @@ cdef void product_worker(const ProductParams* p, mha_schedule* packing, mha_sche
     wait_for_all(packing, thread)
     if schedule_stopped(packing):
         schedule_stop(schedule)
+    if p.paired:
+        mha_tiles_begin()
     item = next_item(schedule, thread, -1)
     while item >= 0:
         product_item(p, &scratch, item // groups * p.row_block, item % groups * p.panels, schedule, thread, kind)
         item = next_item(schedule, thread, item)
+    if p.paired:
+        mha_tiles_end()
 
 
 cdef int run_product(const ProductParams* p, const real* kind) except -1:

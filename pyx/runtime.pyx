@@ -13,30 +13,46 @@ cdef extern from *:
     static void mha_release_pool(void) {}
     #endif
     #if defined(__x86_64__) || defined(__i386__)
-    static int mha_runs_avx2(void)
+    #include <cpuid.h>
+    static int mha_has_avx2(void)
     {
         __builtin_cpu_init();
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
     }
-    static int mha_runs_avx512(void)
+    static int mha_has_avx512(void)
     {
-        return mha_runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        return mha_has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                __builtin_cpu_supports("avx512cd");
     }
-    static int mha_runs_avx512bf16(void) { return mha_runs_avx512() && __builtin_cpu_supports("avx512bf16"); }
+    static int mha_has_avx512bf16(void) { return mha_has_avx512() && __builtin_cpu_supports("avx512bf16"); }
     #else
-    static int mha_runs_avx512bf16(void) { return 0; }
-    static int mha_runs_avx2(void) { return 0; }
-    static int mha_runs_avx512(void) { return 0; }
+    static int mha_has_avx2(void) { return 0; }
+    static int mha_has_avx512(void) { return 0; }
+    static int mha_has_avx512bf16(void) { return 0; }
+    #endif
+    #if defined(__x86_64__) && defined(__linux__)
+    #include <sys/syscall.h>
+    #include <unistd.h>
+    /* Linux gives the memory for a thread's matrix tiles to a process that asks for them, once for all its threads. */
+    static int mha_has_amx(void)
+    {
+        enum { BFLOAT16 = 1 << 22, TILES = 1 << 24, ASK_FOR_STATE = 0x1023, STATE_OF_TILES = 18 };
+        unsigned a, b, c, d = 0;
+        return mha_has_avx512bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & BFLOAT16) && (d & TILES) &&
+               syscall(SYS_arch_prctl, ASK_FOR_STATE, STATE_OF_TILES) == 0;
+    }
+    #else
+    static int mha_has_amx(void) { return 0; }
     #endif
     """
     int MHA_OPENMP
     int mha_max_threads() nogil
     void mha_release_pool() nogil
-    int mha_runs_avx2() nogil
-    int mha_runs_avx512() nogil
-    int mha_runs_avx512bf16() nogil
+    int mha_has_avx2() nogil
+    int mha_has_avx512() nogil
+    int mha_has_avx512bf16() nogil
+    int mha_has_amx() nogil
 
 #: The date of the OpenMP specification the build follows, e.g. 201511; 0 in a serial build.
 OPENMP = MHA_OPENMP
@@ -55,9 +71,11 @@ def release_pool():
 def runs(str level):
     """Whether this processor and operating system can run the instruction-set level."""
     if level == "avx2":
-        return bool(mha_runs_avx2())
+        return bool(mha_has_avx2())
     if level == "avx512":
-        return bool(mha_runs_avx512())
+        return bool(mha_has_avx512())
     if level == "avx512bf16":
-        return bool(mha_runs_avx512bf16())
+        return bool(mha_has_avx512bf16())
+    if level == "amx":
+        return bool(mha_has_amx())
     return level == "baseline"

@@ -20,8 +20,12 @@ cdef extern from "lanes.h" nogil:
 
     # pairs.h
     int MHA_PAIRED
-    void tile_product_pairs(Py_ssize_t rows, Py_ssize_t vectors, Py_ssize_t k, const uint16_t* a, Py_ssize_t a_row,
-                            Py_ssize_t a_k, const float* b, Py_ssize_t ldb, float* c, Py_ssize_t ldc, int accumulate)
+    int MHA_TILED
+    void mha_tiles_begin()
+    void mha_tiles_end()
+    void pair_product(Py_ssize_t rows, Py_ssize_t vectors, Py_ssize_t k, const uint16_t* a, Py_ssize_t a_row,
+                      Py_ssize_t a_k, const float* b, Py_ssize_t ldb, float* c, Py_ssize_t ldc, int accumulate)
+    void turn_pairs(Py_ssize_t pairs, Py_ssize_t columns, const uint32_t* x, uint32_t* out, Py_ssize_t out_row)
     void pair_rows(Py_ssize_t rows, Py_ssize_t width, const float* x, float* out)
     void pair_values(Py_ssize_t count, const uint16_t* even, const uint16_t* odd, Py_ssize_t stride, uint32_t* out)
     int pairs_finite(const uint16_t* x, Py_ssize_t count)

@@ -23,6 +23,8 @@ CPU_ONLY = {
     "replay": "launches of a recorded call; the GPU has CUDA graphs",
     "vec": "vector arithmetic that CUDA C++ has",
     "pairs": "products of bfloat16 pairs; on the GPU tile_tensor's",
+    "amx": "the same by the processor's matrix tiles",
+    "amx_instructions": "one wrapper for each instruction of these; on the GPU in prim",
     "dots": "sums along rows; on the GPU a matter of each kernel's threads",
     "half": "conversions that are instructions on the GPU, in prim",
 }

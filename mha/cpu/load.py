@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from types import ModuleType
 
 #: Best first.
-LEVELS = ("avx512bf16", "avx512", "avx2", "baseline")
+LEVELS = ("amx", "avx512bf16", "avx512", "avx2", "baseline")
 
 #: Rounds that an idle thread of the pool spins before it sleeps. Measured with a layer (1, 96, 256), 4 heads, on two
 #: cores, microseconds alone / alternating with a NumPy product of 256 x 256: 0 rounds 590 / 594, 1000 rounds 525 / 817,

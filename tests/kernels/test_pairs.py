@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 from cases import Case, in_groups
+from emulator import amx_level
 from shared import prepared, problem_of
 from tolerance import TRUTH, assert_as_good_as_naive
 
@@ -20,6 +21,19 @@ if optional.bfloat16 is None:
 
 SIZES = [(1, 1, 1), (1, 65, 7), (3, 5, 0), (7, 33, 300), (97, 130, 64), (100, 16, 513), (200, 64, 257)]
 NAMES = [case.name for case in in_groups("edge", "mask", "shape")]
+
+
+@pytest.fixture(params=[*load.runnable_levels(), "amx emulated"])
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every level that runs here, and the one of matrix tiles with these in memory."""
+    if request.param != "amx emulated":
+        monkeypatch.setenv("MHA_CPU_ISA", request.param)
+    elif (why_not := amx_level.why_not()) is not None:
+        pytest.skip(why_not)
+    else:
+        emulated = amx_level.kernels()
+        monkeypatch.setattr(load, "kernels", lambda level: emulated)
+    return request.param
 
 
 @pytest.fixture(autouse=True)
@@ -102,4 +116,4 @@ def test_keys_that_a_sample_has_not_are_not_read(kept: int, level: str) -> None:
 
 def test_the_levels_that_have_the_instruction() -> None:
     paired = {level for level in load.runnable_levels() if load.kernels(level).PAIRED}
-    assert paired == {"avx512bf16"} & set(load.runnable_levels())
+    assert paired == {"amx", "avx512bf16"} & set(load.runnable_levels())
