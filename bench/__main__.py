@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.report:
         found = [goal.found({result["job"]: result for result in results}, limits) for goal in GOALS]
         print(f"\n{goal_table(found)}")
-        print("written to", write(machine(options.threads), limits, results, found))
+        print("written to", write(machine(options.threads, list(workers)), limits, results, found))
     return 0
 
 

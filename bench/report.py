@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 COLUMNS = ("case", "us", "GFLOP/s", "of peak", "of SGEMM", "extra MB", "error")
 RESULTS = Path(__file__).parent / "results"
+#: Of the environment, those that choose instruction sets: ours, torch's, MKL's and OpenBLAS's.
+_SETTINGS = ("MHA_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "OPENBLAS_CORETYPE")
 
 
 def row_of(result: dict[str, Any], limits: dict[str, float]) -> list[str]:
@@ -70,10 +74,8 @@ def goal_table(found: list[dict[str, Any]]) -> str:
     return table(rows, ["goal", "mean", "worst", "wanted", ""])
 
 
-def machine(threads: int) -> dict[str, Any]:
+def machine(threads: int, libraries: list[str]) -> dict[str, Any]:
     """Of everything that has a part in the figures."""
-    import numpy as np
-
     import mha
     from mha.cpu import load
 
@@ -81,8 +83,9 @@ def machine(threads: int) -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True).stdout.strip()
     return {
         "date": date.today().isoformat(), "commit": commit, "processor": _processor(), "threads": threads,
-        "level": load.chosen_level(), "mha": mha.__version__, "python": platform.python_version(),
-        "numpy": np.__version__,
+        "level": load.chosen_level(), "settings": {name: os.environ[name] for name in _SETTINGS if name in os.environ},
+        "versions": {"mha": mha.__version__, "Python": platform.python_version()}
+        | {name: version(name) for name in libraries if name != "mha"},
     }  # fmt: skip
 
 
