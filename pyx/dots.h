@@ -3,9 +3,11 @@
  */
 #define LANES MHA_NAME(mha_lanes)
 #define VECTOR MHA_NAME(mha_vector)
-/* keys x rows = LANES dot products at once: their partial sums fill a register each and are folded together. */
+/* keys x rows = LANES dot products at once: their partial sums fill a register each and are folded together. The first
+ * `ahead_rows` rows at `ahead` are asked for meanwhile. */
 MHA_INLINE void MHA_NAME(dots_body)(const int keys, const int rows, ptrdiff_t columns, const MHA_REAL *const *key,
-                                    const MHA_REAL *const *x, MHA_REAL *out, const MHA_REAL *ahead, ptrdiff_t ahead_row)
+                                    const MHA_REAL *const *x, MHA_REAL *out, ptrdiff_t ahead_rows,
+                                    const MHA_REAL *ahead, ptrdiff_t ahead_row)
 {
     VECTOR sum[LANES];
     ptrdiff_t d = 0;
@@ -20,7 +22,7 @@ MHA_INLINE void MHA_NAME(dots_body)(const int keys, const int rows, ptrdiff_t co
 #pragma GCC unroll 16
         for (int j = 0; j < keys; j++) {
             const VECTOR left = MHA_NAME(v_load)(key[j] + d);
-            if (ahead)
+            if (j < ahead_rows)
                 __builtin_prefetch(ahead + j * ahead_row + d, 0, 2);
 #pragma GCC unroll 16
             for (int r = 0; r < rows; r++)
@@ -37,11 +39,12 @@ MHA_INLINE void MHA_NAME(dots_body)(const int keys, const int rows, ptrdiff_t co
 enum { MHA_NAME(dots_rows) = LANES >= 16 ? 4 : LANES >= 4 ? 2 : 1 };
 
 /* out[r * ldo + j] = sum over d of key[j][d] * x[r][d] for rows with contiguous columns: the scores of a few queries,
- * lanes along d. `ahead`, if not NULL, is what will be read next, as many rows of as many columns; a hint. */
+ * lanes along d. `ahead` is what will be read next, as many rows of as many columns; a hint. */
 MHA_FUNCTION void MHA_NAME(tile_dots)(ptrdiff_t count, ptrdiff_t columns, const MHA_REAL *key, ptrdiff_t key_row,
                                       ptrdiff_t rows, const MHA_REAL *x, MHA_REAL *out, ptrdiff_t ldo,
                                       const MHA_REAL *ahead, ptrdiff_t ahead_row)
 {
+    enum { KEYS = LANES / MHA_NAME(dots_rows) };
     const ptrdiff_t row_step = rows == 1 ? 1 : MHA_NAME(dots_rows), key_step = LANES / row_step;
     for (ptrdiff_t j = 0; j < count; j += key_step)
         for (ptrdiff_t r = 0; r < rows; r += row_step) {
@@ -51,12 +54,19 @@ MHA_FUNCTION void MHA_NAME(tile_dots)(ptrdiff_t count, ptrdiff_t columns, const 
                 keys[t] = key + (j + t < count ? j + t : count - 1) * key_row;
             for (ptrdiff_t t = 0; t < row_step; t++)
                 queries[t] = x + (r + t < rows ? r + t : rows - 1) * columns;
-            const MHA_REAL *next = ahead && r == 0 ? ahead + j * ahead_row : NULL;
+            /* A few at a time, as many in all as there are keys: see attention_decode. */
+            const ptrdiff_t next = r * key_step / rows, next_rows = (r + row_step) * key_step / rows - next;
+            const MHA_REAL *there = ahead + (j + next) * ahead_row;
             if (row_step == 1)
-                MHA_NAME(dots_body)(LANES, 1, columns, keys, queries, made, next, ahead_row);
+                MHA_NAME(dots_body)(LANES, 1, columns, keys, queries, made, LANES, there, ahead_row);
             else
-                MHA_NAME(dots_body)(LANES / MHA_NAME(dots_rows), MHA_NAME(dots_rows), columns, keys, queries, made,
-                                    next, ahead_row);
+                MHA_NAME(dots_body)(KEYS, MHA_NAME(dots_rows), columns, keys, queries, made, next_rows, there,
+                                    ahead_row);
+            if (row_step > 1 && r + row_step <= rows && j + key_step <= count) {
+                for (ptrdiff_t t = 0; t < MHA_NAME(dots_rows); t++)
+                    memcpy(out + (r + t) * ldo + j, made + t * KEYS, KEYS * sizeof(MHA_REAL));
+                continue;
+            }
             const ptrdiff_t made_keys = j + key_step < count ? key_step : count - j;
             for (ptrdiff_t t = 0; t < row_step && r + t < rows; t++)
                 for (ptrdiff_t k = 0; k < made_keys; k++)
