@@ -106,8 +106,8 @@ def kernel_extension(level: str, flags: list[str]) -> Extension:
     """The module of one level: a stub, written into the build folder, that includes every kernel."""
     stub = ROOT / "build" / "stubs" / f"_kernels_{level}.pyx"
     text = f'"""CPU kernels compiled for the level {level}."""\n'
-    text += "from tile cimport MHA_PAIRED, MHA_VECTOR_BYTES\n\n"
-    text += "VECTOR_BYTES, PAIRED = MHA_VECTOR_BYTES, MHA_PAIRED\n\n"
+    text += "from tile cimport MHA_PAIRED, MHA_TILE_VECTORS, MHA_VECTOR_BYTES\n\n"
+    text += "VECTOR_BYTES, TILE_VECTORS, PAIRED = MHA_VECTOR_BYTES, MHA_TILE_VECTORS, MHA_PAIRED\n\n"
     text += "".join(f'include "{name}.pyx"\n' for name in KERNELS)
     stub.parent.mkdir(parents=True, exist_ok=True)
     if not stub.exists() or stub.read_text() != text:

@@ -11,7 +11,7 @@ from libc.string cimport memset
 from params cimport AttentionParams, TensorView, checked_params
 from tile cimport (real, lanes, tile_product, tile_product_hiding, softmax_replay_row, softmax_gradient,
                    softcap_gradient, multiply, load_vector, load_transposed, store_vector, store_transposed,
-                   all_finite, MHA_NOWHERE, MOST_LANES)
+                   all_finite, MHA_NOWHERE, MHA_TILE_VECTORS, MOST_LANES)
 from key_panel cimport (KeyPanel, carve_key_panel, key_panels, fill_key_panel, any_visible, mask_query_scores,
                         query_drop_factors)
 from mask cimport key_exists
@@ -153,14 +153,14 @@ cdef void backward_block(const AttentionParams* p, BackwardScratch* scratch, Py_
     grad_query = <real*>scratch.grad_query + ((head % (p.heads // p.kv_heads)) * p.queries + i) * columns
     d = 0
     while d < columns:
-        step = min(4 * lanes(kind), columns - d) // lanes(kind)
+        step = min(MHA_TILE_VECTORS * lanes(kind), columns - d) // lanes(kind)
         if partial and not panel.finite:
             tile_product_hiding(count, step, width, gradient, width, 1, <real*>scratch.key_rows + d, columns,
                                 grad_query + d, columns, 0)
         else:
             tile_product(count, step, width, gradient, width, 1, <real*>scratch.key_rows + d, columns,
                          grad_query + d, columns, 1)
-        d += 4 * lanes(kind)
+        d += MHA_TILE_VECTORS * lanes(kind)
 
 
 cdef inline void accumulate(bint partial, Py_ssize_t columns, Py_ssize_t vectors, int64_t count, Block rows,

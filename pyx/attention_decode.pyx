@@ -10,7 +10,7 @@ from libc.stdint cimport int64_t
 from libc.string cimport memset
 from params cimport AttentionParams, TensorView, checked_params
 from tile cimport (real, lanes, tile_dots, fetch_rows, tile_product, tile_product_hiding, softmax_absorb_row, multiply,
-                   all_finite, exp_one, load_vector, store_vector)
+                   all_finite, exp_one, load_vector, store_vector, MHA_TILE_VECTORS)
 from key_panel cimport (KeyPanel, carve_key_panel, key_panels, fill_key_panel, any_visible, mask_query_scores,
                         query_drop_factors)
 from mask cimport key_exists
@@ -78,8 +78,8 @@ cdef void add_values(Py_ssize_t rows, Py_ssize_t count, Py_ssize_t columns, cons
     are on their way, and stands still when it is asked for more. With eight query heads a key head the rate is 0.69 if
     they are fetched a quarter of a panel at a time, 0.55 if not at all.
     """
-    cdef Py_ssize_t tile = 4 * lanes(value), across = (columns + tile - 1) // tile, parts, part, r, d, vectors, done = 0
-    cdef Py_ssize_t j = 0, keys, fetched
+    cdef Py_ssize_t tile = MHA_TILE_VECTORS * lanes(value), across = (columns + tile - 1) // tile
+    cdef Py_ssize_t j = 0, done = 0, keys, fetched, parts, part, r, d, vectors
     parts = (rows + ROWS - 1) // ROWS * across
     while j < count:
         keys = min(KEYS if rows > ROWS else count, count - j)

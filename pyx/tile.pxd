@@ -12,6 +12,7 @@ cdef enum:
 
 cdef extern from "lanes.h" nogil:
     int MHA_VECTOR_BYTES
+    int MHA_TILE_VECTORS
     int MHA_FLOAT32
     int MHA_FLOAT64
     int MHA_FLOAT16

@@ -32,7 +32,10 @@ _FUSED_BYTES = 8 * 2**20
 
 @dataclass(frozen=True)
 class Facts:
-    """What a plan depends on besides the problem: lanes of a vector, bytes of a real, threads; and the kernels."""
+    """What a plan depends on besides the problem: lanes of a vector, bytes of a real, threads; and the kernels.
+
+    `vectors` is the most of a panel, which the registers decide.
+    """
 
     lanes: int
     itemsize: int
@@ -40,6 +43,7 @@ class Facts:
     kernels: Any = None
     #: Whether operands are bfloat16 and the kernels multiply pairs of them in one instruction.
     paired: bool = False
+    vectors: int = 4
 
 
 @dataclass(frozen=True)
@@ -68,10 +72,11 @@ def plan_forward(sizes: Sizes, facts: Facts) -> AttentionPlan:
             splits=splits, why=f"{sizes.rows} query rows a key head: memory decides, keys in {splits} parts",
         )  # fmt: skip
     itemsize = 2 if facts.paired else facts.itemsize
-    wide = 4 * facts.lanes * itemsize * sizes.head_dim > _QUERY_PANEL
-    vectors = min(3 if wide else 4, _ceil(sizes.rows, facts.lanes))
+    wide = facts.vectors * facts.lanes * itemsize * sizes.head_dim > _QUERY_PANEL
+    most = min(3 if wide else 4, facts.vectors)
+    vectors = min(most, _ceil(sizes.rows, facts.lanes))
     heads = sizes.batch * sizes.kv_heads
-    panels = 3 if wide else 2
+    panels = 3 if most == 3 else 2
     while panels > 1 and heads * _ceil(sizes.rows, panels * vectors * facts.lanes) < 4 * threads:
         panels -= 1
     items = heads * _ceil(sizes.rows, panels * vectors * facts.lanes)
@@ -86,7 +91,7 @@ def plan_backward(sizes: Sizes, facts: Facts) -> list[AttentionPlan]:
     """Gradients of query, key and value: one fused kernel, or two where heads are too few to share out."""
     threads = _threads(5 * sizes.flops // 2, facts)
     heads = sizes.batch * sizes.kv_heads
-    vectors = min(4, _ceil(sizes.keys, facts.lanes))
+    vectors = min(facts.vectors, _ceil(sizes.keys, facts.lanes))
     columns = _ceil(sizes.head_dim, facts.lanes) * facts.lanes
     scratch = min(threads, heads) * sizes.rows * columns * facts.itemsize
     fused = (heads >= 2 * threads or threads == 1) and scratch <= _FUSED_BYTES
@@ -97,14 +102,14 @@ def plan_backward(sizes: Sizes, facts: Facts) -> list[AttentionPlan]:
         return [keys]
     # The blocks of keys over which the fused kernel sums the gradient of the query: equal bits.
     key_block = vectors * facts.lanes
-    vectors = min(4, _ceil(sizes.rows, facts.lanes))
+    vectors = min(facts.vectors, _ceil(sizes.rows, facts.lanes))
     items = heads * _ceil(sizes.rows, vectors * facts.lanes)
     return [keys, AttentionPlan("attention_backward_query", min(threads, items), vectors, 1, key_block, why=why)]
 
 
 def plan_rows(kernel: str, sizes: Sizes, facts: Facts) -> AttentionPlan:
     """The weights, their kin, and the row term of the backward."""
-    vectors = min(4, _ceil(sizes.queries, facts.lanes))
+    vectors = min(facts.vectors, _ceil(sizes.queries, facts.lanes))
     return AttentionPlan(kernel, _threads(sizes.flops, facts), vectors, 1, key_block=64)
 
 
@@ -147,7 +152,7 @@ class ProductPlan:
 def plan_product(m: int, n: int, k: int, right_in_place: bool, facts: Facts) -> ProductPlan:
     """`right_in_place`: whether the right operand's rows can serve as panels where they lie."""
     threads = _threads(2 * m * n * k, facts)
-    vectors = min(4, _ceil(n, facts.lanes))
+    vectors = min(facts.vectors, _ceil(n, facts.lanes))
     panels_in_all = _ceil(n, vectors * facts.lanes)
     row_block = min(96, max(m, 1))
     # Packing costs as much as a few rows of the product: with fewer rows it does not pay.

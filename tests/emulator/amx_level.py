@@ -46,7 +46,8 @@ def kernels() -> ModuleType:
         kernels = (path.name for path in sources if path.suffix == ".pyx" and path.stem not in ("runtime", "replay"))
         includes = "".join(f'include "{kernel}"\n' for kernel in kernels)
         stub.write_text(
-            "from tile cimport MHA_PAIRED, MHA_VECTOR_BYTES\nVECTOR_BYTES, PAIRED = MHA_VECTOR_BYTES, True\n" + includes
+            "from tile cimport MHA_TILE_VECTORS, MHA_VECTOR_BYTES\n"
+            "VECTOR_BYTES, TILE_VECTORS, PAIRED = MHA_VECTOR_BYTES, MHA_TILE_VECTORS, True\n" + includes
         )
         directives = ("boundscheck=False", "wraparound=False", "cdivision=True", "initializedcheck=False")
         cython = [sys.executable, "-m", "cython", "-3", "-X", ",".join(directives), "-I", str(ROOT / "pyx"), str(stub)]
