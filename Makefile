@@ -1,11 +1,11 @@
-# demo test test-all test-text test-torch test-gpu-compile bench lint: each makes its own virtual environment; gpu takes
+# demo test test-all test-text test-torch test-convert test-gpu-compile bench lint: each makes its own virtual environment; gpu takes
 # the python that there is. ARGS passes arguments on.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard pyx/*)
 
-.PHONY: demo test test-all test-text test-torch test-gpu-compile parameter-table gpu bench lint clean
+.PHONY: demo test test-all test-text test-torch test-convert test-gpu-compile parameter-table gpu bench lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m mha demo $(ARGS)
@@ -24,7 +24,12 @@ test-text: $(VENV)/.tests
 # A CPU build of PyTorch, 200 MB, to compare with; expecttest is what its sample generators ask for.
 test-torch: $(VENV)/.tests
 	$(BIN)/python -m pip install --quiet torch==2.13.0 expecttest
-	$(BIN)/python -m pytest -m "not slow" tests/compat/test_torch_live.py tests/test_convert.py tests/test_module.py tests/test_exchange.py $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" tests/compat/test_torch_live.py tests/convert tests/test_module.py tests/test_exchange.py $(ARGS)
+
+# The libraries whose weights are ported, 1.2 GB: their own layers and architectures to compare with.
+test-convert: $(VENV)/.tests
+	$(BIN)/python -m pip install --quiet torch==2.13.0 transformers==5.23.0 keras==3.15.1 flax==0.12.8 onnx onnxruntime
+	$(BIN)/python -m pytest tests/convert tests/test_transformers.py $(ARGS)
 
 # CuPy and NVRTC, 170 MB: every CUDA kernel becomes machine code, without a GPU.
 test-gpu-compile: $(VENV)/.tests

@@ -12,10 +12,12 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.cases import Job, jobs
+from bench.cases import DECODE, DECODE_GROUPED, Job, jobs
 from bench.goals import GOALS
 from bench.libraries import LIBRARIES
 from bench.report import COLUMNS, goal_table, machine, ratios, row_of, table, write
@@ -55,10 +57,15 @@ class Worker:
         self.process.wait(timeout=30)
 
 
-def measure(job: Job, workers: dict[str, Worker], rounds: int, seconds: float) -> dict[str, Any]:
-    """All libraries in turn, `rounds` times."""
+def measure(
+    job: Job, workers: dict[str, Worker], rounds: int, seconds: float, reading: Callable[[], float] | None = None
+) -> dict[str, Any]:
+    """All libraries in turn, `rounds` times; `reading` measures memory in each, whose rate changes in minutes."""
     answers: dict[str, list[dict[str, Any]]] = {}
+    rates = []
     for _ in range(rounds):
+        if reading is not None:
+            rates.append(reading())
         for name, worker in workers.items():
             answer = worker.run(job, seconds)
             if "seconds" in answer:
@@ -74,7 +81,8 @@ def measure(job: Job, workers: dict[str, Worker], rounds: int, seconds: float) -
             "rms": given[0]["rms"],
             "extra_bytes": given[0]["extra_bytes"],
         }
-    return {"job": job.name, "kind": job.kind, "flops": job.flops, "libraries": libraries}
+    result = {"job": job.name, "kind": job.kind, "flops": job.flops, "libraries": libraries}
+    return result | ({"read": max(rates)} if rates else {})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -112,7 +120,8 @@ def main(argv: list[str] | None = None) -> int:
     for i, job in enumerate(chosen):
         if sys.stderr.isatty():
             print(f"\r\033[K[{i + 1}/{len(chosen)}] {job.name}", end="", file=sys.stderr, flush=True)
-        results.append(measure(job, workers, options.rounds, options.seconds))
+        reading = partial(read_bandwidth, options.threads) if job in [*DECODE, *DECODE_GROUPED] else None
+        results.append(measure(job, workers, options.rounds, options.seconds, reading))
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr)
     for worker in workers.values():

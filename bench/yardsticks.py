@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 #: More than the caches of a large processor hold.
 _READ_BYTES = 2**29
@@ -24,8 +26,12 @@ def read_bandwidth(threads: int) -> float:
     from mha.cpu import load
 
     kernel = load.kernels(load.chosen_level()).read_all
-    x = np.ones(_READ_BYTES // 4, np.float32)
-    return _best(lambda: int(kernel(x, threads)))
+    return _best(lambda: int(kernel(_much(), threads)))
+
+
+@cache
+def _much() -> NDArray[np.float32]:
+    return np.ones(_READ_BYTES // 4, np.float32)
 
 
 def _best(run: Callable[[], int], repeats: int = 7) -> float:

@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from mha import convert
+from mha.convert.constructors import FromFormats
+from mha.convert.parameters import PackedParameters
 from mha.dispatch import backend_of, checked_library
 from mha.exchange import in_kind
 from mha.front import LatestCall
@@ -24,7 +25,7 @@ from mha.random import next_generator, xavier_uniform
 Array = NDArray[Any]
 
 
-class MultiHeadAttention:
+class MultiHeadAttention(FromFormats):
     """Multi-head attention with its parameters in one packed vector, batch first.
 
     Parameters
@@ -86,13 +87,27 @@ class MultiHeadAttention:
         dtype: DTypeLike = np.float32,
         xp: ModuleType = np,
     ) -> None:
-        self.layout = PackedLayout(
+        layout = PackedLayout(
             embed_dim, num_heads, kdim=kdim, vdim=vdim, num_kv_heads=num_kv_heads,
             qbias=bias, kbias=bias, vbias=bias, obias=bias,
         )  # fmt: skip
+        self._set_up(layout, attn_dropout, out_dropout, add_bias_kv, add_zero_attn, scale, dtype, xp)
+
+    def _set_up(
+        self,
+        layout: PackedLayout,
+        attn_dropout: float = 0.0,
+        out_dropout: float = 0.0,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        scale: float | None = None,
+        dtype: DTypeLike = np.float32,
+        xp: ModuleType = np,
+    ) -> None:
+        self.layout = layout
         self.attn_dropout = checked_probability("attn_dropout", attn_dropout)
         self.out_dropout = checked_probability("out_dropout", out_dropout)
-        self.bias, self.add_bias_kv, self.add_zero_attn = bool(bias), bool(add_bias_kv), bool(add_zero_attn)
+        self.add_bias_kv, self.add_zero_attn = bool(add_bias_kv), bool(add_zero_attn)
         self.scale, self.dtype, self.xp = scale, np.dtype(dtype), checked_library(xp)
         self.training = True
         self._latest = LatestCall()
@@ -138,7 +153,8 @@ class MultiHeadAttention:
             query=query, key=key, value=value, embed_dim=layout.embed_dim, num_heads=layout.num_heads,
             attn_drop=self.attn_dropout, out_drop=self.out_dropout, io_weight_bias=self.io_weight_bias,
             qproj_size=layout.qproj_size, kproj_size=layout.kproj_size, vproj_size=layout.vproj_size,
-            oproj_size=layout.oproj_size, qbias=self.bias, kbias=self.bias, vbias=self.bias, obias=self.bias,
+            oproj_size=layout.oproj_size, qbias=layout.qbias, kbias=layout.kbias, vbias=layout.vbias,
+            obias=layout.obias,
             bias_k=self.bias_k, bias_v=self.bias_v, add_zero_attn=self.add_zero_attn,
             key_padding_mask=key_padding_mask, attn_mask=attn_mask, need_weights=need_weights,
             average_attn_weights=average_attn_weights, is_causal=is_causal,
@@ -224,45 +240,33 @@ class MultiHeadAttention:
             x[...] = self.xp.asarray(state[name]).reshape(x.shape)
 
     @classmethod
-    def from_torch(
-        cls, state_dict: Mapping[str, Any], num_heads: int, prefix: str = "", *, xp: ModuleType = np, **options: Any
-    ) -> Self:
-        """A layer with the parameters of a ``torch.nn.MultiheadAttention``.
+    def from_parameters(cls, parameters: PackedParameters, *, xp: ModuleType = np, **options: Any) -> Self:
+        """A layer with converted parameters, of any layout; see `mha.convert`.
 
         Parameters
         ----------
-        state_dict : mapping of str to tensor or array
-        num_heads : int
-        prefix : str
-            What stands before the layer's keys, e.g. ``"encoder.layers.0.self_attn."``.
+        parameters : PackedParameters
         xp : module
-            The library to hold the parameters in.
+            The library to hold them in.
         **options
             attn_dropout, out_dropout, add_zero_attn, scale.
         """
-        return cls.from_parameters(convert.from_torch(state_dict, num_heads, prefix), xp=xp, **options)
-
-    @classmethod
-    def from_parameters(cls, parameters: convert.PackedParameters, *, xp: ModuleType = np, **options: Any) -> Self:
-        """A layer with converted parameters; see `mha.convert`.
-
-        Raises
-        ------
-        ValueError
-            If the layout is not one that this class makes: some biases only, or other projection widths.
-        """
-        layout = parameters.layout
-        made = cls(
-            layout.embed_dim, layout.num_heads, bias=layout.qbias, add_bias_kv=parameters.bias_k is not None,
-            kdim=layout.kdim, vdim=layout.vdim, num_kv_heads=layout.num_kv_heads,
-            dtype=parameters.io_weight_bias.dtype, xp=xp, **options,
+        made = cls.__new__(cls)
+        given: dict[str, Any] = {"scale": parameters.scale} | options
+        made._set_up(
+            parameters.layout, add_bias_kv=parameters.bias_k is not None, dtype=parameters.io_weight_bias.dtype, xp=xp,
+            **given,
         )  # fmt: skip
-        if made.layout != layout:
-            raise ValueError(f"a module would have {made.layout}, not {layout}. Use multi_head_attention instead.")
         rows = {"bias_k": parameters.bias_k, "bias_v": parameters.bias_v}
         state = {"io_weight_bias": parameters.io_weight_bias} | {n: x for n, x in rows.items() if x is not None}
         made.load_state_dict(state)
         return made
+
+    @property
+    def bias(self) -> bool:
+        """Whether projections have biases."""
+        layout = self.layout
+        return layout.qbias or layout.kbias or layout.vbias or layout.obias
 
     def __repr__(self) -> str:
         layout = self.layout
@@ -270,6 +274,12 @@ class MultiHeadAttention:
         values |= {name: getattr(self, name) for name in self._OPTIONS[2:7]}
         values |= {name: getattr(layout, name) for name in ("kdim", "vdim", "num_kv_heads")}
         values |= {"scale": self.scale, "dtype": self.dtype.name}
+        usual = {f"{letter}bias": self.bias for letter in "qkvo"}
+        if layout != PackedLayout(
+            layout.embed_dim, layout.num_heads, kdim=layout.kdim, vdim=layout.vdim, num_kv_heads=layout.num_kv_heads,
+            **usual,
+        ):  # fmt: skip
+            values["layout"] = layout
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
 
     def __getstate__(self) -> dict[str, Any]:

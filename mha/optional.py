@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Collection, Iterable
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,8 @@ except ImportError:
     ml_dtypes = None
     bfloat16 = None
 
+
+T = TypeVar("T")
 
 #: Array type -> the library it belongs to; `register_library` adds others.
 _libraries: dict[type, ModuleType] = {np.ndarray: np}
@@ -154,3 +157,51 @@ def threadpool_info() -> list[dict[str, Any]]:
     except ImportError:
         return []
     return list(info())
+
+
+def safetensors() -> ModuleType:
+    """The package of that name, with its NumPy part.
+
+    Raises
+    ------
+    ImportError
+        If it is not installed.
+    """
+    try:
+        importlib.import_module("safetensors.numpy")
+    except ImportError as error:
+        raise ImportError("safetensors files need the package of that name: pip install safetensors.") from error
+    return importlib.import_module("safetensors")
+
+
+def tokenizers() -> ModuleType:
+    """The package of that name, for the demo of a text model.
+
+    Raises
+    ------
+    ImportError
+        If it is not installed.
+    """
+    return importlib.import_module("tokenizers")
+
+
+def safetensors_errors() -> tuple[type[Exception], ...]:
+    """What it raises on a damaged file; nothing where it is not installed."""
+    try:
+        return (importlib.import_module("safetensors").SafetensorError,)
+    except ImportError:
+        return ()
+
+
+def progress(items: Collection[T], description: str) -> Iterable[T]:
+    """The items, with a bar on standard error while they are taken if that is a terminal and rich is installed."""
+    if not sys.stderr.isatty():
+        return items
+    try:
+        console = importlib.import_module("rich.console").Console(stderr=True)
+        bar: Iterable[T] = importlib.import_module("rich.progress").track(
+            items, description, total=len(items), console=console, transient=True
+        )
+    except ImportError:
+        return items
+    return bar

@@ -39,6 +39,9 @@ cdef inline Block key_rows(const AttentionParams* p, const TensorView* x, Py_ssi
     block.data = spare
     block.row = columns
     block.column = 1
+    if x.column == 1 and x.row == columns and not hidden:
+        load_vector(<int>x.storage, x.data, element(x, n, h, j), 1, count * columns, spare, 1)
+        return block
     for t in range(count):
         if hidden and not key_exists(p, n, j + t):
             memset(spare + t * columns, 0, columns * sizeof(real))

@@ -167,7 +167,17 @@ def test_equals_torchs_module(widths: dict[str, int], bias: bool, bias_kv: bool)
         np.testing.assert_allclose(gradient, theirs.get_parameter(name).grad.numpy(), atol=1e-12, err_msg=name)
 
 
-def test_a_layout_the_module_cannot_make_is_refused() -> None:
-    layout = mha.PackedLayout(8, 2, qbias=True)
-    with pytest.raises(ValueError, match="multi_head_attention"):
-        MultiHeadAttention.from_parameters(convert.PackedParameters(x(layout.length), layout))
+def test_any_layout_that_parameters_have() -> None:
+    layout = mha.PackedLayout(8, 2, qbias=True, qproj_size=12, kproj_size=12, vproj_size=6, oproj_size=0)
+    parameters = convert.PackedParameters(x(layout.length), layout, scale=0.25)
+    layer = MultiHeadAttention.from_parameters(parameters).eval()
+    query = x(2, 3, 8)
+    expected = mha.multi_head_attention(query, query, query, attn_drop=0.0, out_drop=0.0, training=False,
+                                        **parameters.options).attn_output  # fmt: skip
+    assert expected.shape == (2, 3, 6)
+    for made in (layer, pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer).freeze()):
+        np.testing.assert_allclose(made(query, query, query)[0], expected, rtol=1e-6)
+    layer.train()(query, query, query)
+    assert layer.backward(np.ones_like(expected)).io_weight_bias.shape == (layout.length,)
+    assert f"layout={layout!r}" in repr(layer)
+    assert layer.bias

@@ -96,7 +96,10 @@ def facts(dtype: np.dtype[Any]) -> Facts:
     """The chosen kernels, and what plans for arrays of a dtype depend on with them."""
     kernels, itemsize = load.kernels(load.chosen_level()), COMPUTING[dtype].itemsize
     paired = bool(kernels.PAIRED) and dtype.name == "bfloat16"
-    return Facts(kernels.VECTOR_BYTES // itemsize, itemsize, get_num_threads(), kernels, paired, kernels.TILE_VECTORS)
+    return Facts(
+        kernels.VECTOR_BYTES // itemsize, itemsize, get_num_threads(), kernels, paired, kernels.TILE_VECTORS,
+        converted=dtype.itemsize < itemsize and not paired,
+    )  # fmt: skip
 
 
 def attention(problem: AttentionProblem, kernels: ModuleType) -> Launch:

@@ -6,18 +6,26 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.resources import as_file, files
 from pathlib import Path
 
-from mha import optional
-from mha.demo.data import Recording
+from mha import convert, optional
+from mha.demo import text
+from mha.demo.data import STATE_PREFIX, Recording
 from mha.demo.model import DigitTransformer, PlainAttention, State
 from mha.demo.picture import as_text, draw, look
 from mha.module import MultiHeadAttention
 
 
 def frozen_layer(state_dict: State, num_heads: int, prefix: str = "") -> MultiHeadAttention:
-    """One attention layer of the trained network, its weights ported into a packed vector."""
-    return MultiHeadAttention.from_torch(state_dict, num_heads, prefix).freeze()
+    """One attention layer of the trained network, its weights read from the file into a packed vector."""
+    with as_file(files(__package__).joinpath("digits.npz")) as path:
+        parameters = convert.load(path, num_heads, STATE_PREFIX + prefix)
+    return MultiHeadAttention.from_parameters(parameters).freeze()
+
+
+#: There is no `--text`; None is one without a folder.
+_NO_TEXT = Path()
 
 
 def interleaved_best(calls: Sequence[Callable[[], object]], rounds: int) -> list[float]:
@@ -36,7 +44,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mha demo", description=__doc__)
     parser.add_argument("--picture", type=Path, default=Path("attention.png"), help="where to draw (%(default)s)")
     parser.add_argument("--rounds", type=int, default=20, help="rounds of the timing (%(default)s)")
+    parser.add_argument("--text", type=Path, nargs="?", const=None, default=_NO_TEXT, metavar="FOLDER",
+                        help="all-MiniLM-L6-v2 instead, as installed or in a folder")  # fmt: skip
     options = parser.parse_args(argv)
+    if options.text is not _NO_TEXT:
+        return text.main(options.text)
 
     recording = Recording.load()
     images, labels = recording.images, recording.labels

