@@ -87,8 +87,8 @@ def _share_of_sgemm(job: Job, results: Results, limits: Limits) -> float | None:
 
 def _share_of_bandwidth(job: Job, results: Results, limits: Limits) -> float | None:
     """Of what the threads read memory at beside the job; keys and values that a cache holds may come faster."""
-    ours, bandwidth = _best(job, "mha", results), results.get(job.name, {}).get("read")
-    return 100 * job.read_bytes * 1e-9 / ours / bandwidth if ours and bandwidth else None
+    shares = results.get(job.name, {}).get("read_shares")
+    return 100 * statistics.median(shares) if shares else None
 
 
 def _slowdown_of_numpy(job: Job, results: Results, limits: Limits) -> float | None:

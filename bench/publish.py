@@ -60,7 +60,10 @@ def section(results: dict[str, dict[str, Any]]) -> str:
             f"{other['machine']['level']} with {' '.join(f'{k}={v}' for k, v in other['machine']['settings'].items())}"
             for other in others
         )
-        lines += ["", f"The last columns are means at lower levels, torch held to the same: {limited}."]
+        lines += [
+            "",
+            f"The last columns are means with these settings, which other libraries may pass over: {limited}.",
+        ]
     return "\n".join(lines) + "\n"
 
 

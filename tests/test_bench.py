@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 from bench.cases import Job, jobs  # noqa: E402
 from bench.goals import GOALS, Goal, against  # noqa: E402
 from bench.libraries import mha_calls, plain  # noqa: E402
+from bench.publish import PICTURE, draw, newest, published  # noqa: E402
 from bench.report import goal_table, table  # noqa: E402
 from bench.truth import TOLERANCE, errors  # noqa: E402
 
@@ -100,3 +102,45 @@ def test_a_goal_is_met_by_its_mean_and_its_worst() -> None:
 def test_the_table_is_aligned() -> None:
     lines = table([["a", "1"], ["bbb", "22"]], ["case", "us"]).splitlines()
     assert lines == ["case  us", "--------", "a      1", "bbb   22"]
+
+
+def result_of(level: str, ratio: float, day: str = "2030-01-01") -> dict[str, Any]:
+    """As a report writes it."""
+    machine = {"date": day, "commit": "0" * 40, "processor": "P", "threads": 2, "level": level, "settings": {"X": "1"},
+               "versions": {"mha": "0", "NumPy": "2"}}  # fmt: skip
+    goal = {"what": "a, torch / ours", "figures": {"a": ratio, "b": 2 * ratio}, "mean": 1.4 * ratio, "worst": "a",
+            "met": ratio > 1, "goal": ">= 1x"}  # fmt: skip
+    unknown = goal | {"what": "never measured", "mean": None}
+    limits = {"peak": 500.0, "sgemm": 200.0, "read": 40.0}
+    return {"machine": machine, "limits": limits, "goals": [goal, unknown], "jobs": []}
+
+
+def test_publishing_shows_the_newest_day_best_level_first(tmp_path: Path) -> None:
+    for i, result in enumerate((result_of("avx2", 0.5), result_of("avx512", 2), result_of("amx", 9, "2029-12-31"))):
+        (tmp_path / f"cpu-{i}.json").write_text(json.dumps(result))
+    found = newest(tmp_path)
+    assert list(found) == ["cpu-1.json", "cpu-0.json"]
+    marks = "before\n<!-- figures: python -m bench.publish -->\nold\n<!-- end of figures -->\nafter\n"
+    text = published(marks, found)
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "| a, torch / ours | 2.80 | 2.00 (a) | >= 1x | met | 0.70 |" in text
+    assert "never measured" not in text
+    assert "avx2 with X=1" in text
+    with pytest.raises(SystemExit, match="two marks"):
+        published("no marks", found)
+    with pytest.raises(SystemExit, match="there is no result"):
+        newest(tmp_path / "empty")
+
+
+def test_the_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    draw(result_of("avx512", 2), tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_readme_shows_the_committed_results() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert published(readme, newest()) == readme, "run `python -m bench.publish`"
+    assert PICTURE.exists()
