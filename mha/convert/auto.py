@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mha.convert.formats import FORMATS
+from mha.convert.formats import FORMATS, READ_BY
 from mha.convert.parameters import PackedParameters
 from mha.convert.reading import flat, matching, read, under
 from mha.functional import multi_head_attention
@@ -49,7 +49,8 @@ def find_layers(state_dict: Mapping[str, Any]) -> dict[str, list[str]]:
     Returns
     -------
     dict of str to list of str
-        The layers' prefixes, in the order of the state, and the names of the formats that each may be in.
+        The layers' prefixes, in the order of the state, and the formats that each may be in, by the names of their
+        readers.
     """
     state = flat(state_dict)
     marks: dict[str, list[str]] = {}
@@ -63,7 +64,7 @@ def find_layers(state_dict: Mapping[str, Any]) -> dict[str, list[str]]:
                 continue
             fitting = matching([FORMATS[one] for one in formats], under(state, prefix))
             if fitting:
-                found.setdefault(prefix, []).extend(one.name for one in fitting)
+                found.setdefault(prefix, []).extend(READ_BY[one.name] for one in fitting)
     return found
 
 
@@ -106,7 +107,7 @@ def auto(
     refused: dict[str, ValueError] = {}
     for one in fitting:
         try:
-            made[one.name] = read([one], state, prefix, num_heads, num_kv_heads).packed()
+            made[READ_BY[one.name]] = read([one], state, prefix, num_heads, num_kv_heads).packed()
         except ValueError as error:
             refused[one.name] = error
     if not made:
@@ -154,9 +155,11 @@ def difference(parameters: PackedParameters, probe: Probe) -> float:
         return np.inf
     if output.shape != probe.output.shape:
         return np.inf
-    expected = np.asarray(probe.output, np.float64)
-    largest = np.abs(np.asarray(output, np.float64) - expected).max(initial=0)
-    return float(largest / max(np.abs(expected).max(initial=0), np.finfo(np.float32).tiny))
+    if not output.size:
+        return 0.0
+    expected = probe.output.astype(np.float64)
+    largest = float(abs(output.astype(np.float64) - expected).max())
+    return largest / max(float(abs(expected).max()), float(np.finfo(np.float32).tiny))
 
 
 def verified(parameters: PackedParameters, probe: Probe | None) -> PackedParameters:

@@ -219,7 +219,10 @@ def _safetensors(path: Path) -> Iterator[Contents]:
     with library.safe_open(path, framework="numpy") as file:
 
         def stored(name: str) -> Stored:
-            return Stored(tuple(file.get_slice(name).get_shape()), lambda: file.get_tensor(name))
+            view = file.get_slice(name)
+            if view.get_dtype() == "BF16" and bfloat16 is None:
+                raise ImportError(f"{name} is bfloat16, which NumPy lacks. Install ml_dtypes.")
+            return Stored(tuple(view.get_shape()), lambda: file.get_tensor(name))
 
         yield Contents({name: stored(name) for name in file.keys()}, dict(file.metadata() or {}))  # noqa: SIM118
 

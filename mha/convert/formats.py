@@ -177,3 +177,5 @@ FORMATS: dict[str, Format] = {
 
 #: What one function reads: the formats of one system that names or numbers of axes tell apart.
 FAMILIES = {"torch": ("torch", "torch_separate"), "paddle": ("paddle", "paddle_flat"), "ivy": ("ivy", "ivy_separate")}
+#: Format -> the name in `from_<name>` of the function that reads it.
+READ_BY = {name: name for name in FORMATS} | {name: of for of, names in FAMILIES.items() for name in names}

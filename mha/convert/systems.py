@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from mha.convert.formats import FAMILIES, FORMATS, Format
+from mha.convert.formats import FAMILIES, FORMATS, READ_BY, Format
 from mha.convert.parameters import WORDS, Layer, PackedParameters
 from mha.convert.reading import read
 from mha.convert.writing import reasons_against, write
@@ -122,10 +122,6 @@ _WRITER = """Write packed parameters as one attention layer of {title}; undoes i
     """
 
 
-#: Members of families, which the first one's name stands for.
-_INNER = {name for names in FAMILIES.values() for name in names[1:]}
-
-
 def _listed(formats: list[Format]) -> str:
     lines = []
     for i, one in enumerate(formats):
@@ -144,6 +140,5 @@ def _listed(formats: list[Format]) -> str:
 
 
 #: By the name in ``from_<name>`` and ``to_<name>``.
-FROM: dict[str, Reader] = {name: reader(name) for name in FORMATS if name not in _INNER}
-TO: dict[str, Writer] = {name: writer(name) for name in FORMATS if name not in _INNER}
-TO["paddle_flat"] = writer("paddle_flat")
+FROM: dict[str, Reader] = {name: reader(name) for name in dict.fromkeys(READ_BY.values())}
+TO: dict[str, Writer] = {name: writer(name) for name in (*FROM, "paddle_flat")}

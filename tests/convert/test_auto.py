@@ -61,6 +61,14 @@ def test_many_layers() -> None:
         auto({"weight": np.ones((3, 3))}, 1)
 
 
+def test_formats_of_one_system_go_by_its_name() -> None:
+    for name, options in (("torch", {"kdim": 5}), ("ivy", {"kdim": 5}), ("paddle", {})):
+        parameters = for_format(name, **options)
+        state = TO["paddle_flat" if name == "paddle" else name](parameters)
+        assert find_layers(state) == {"": [name]}
+        assert same(auto(state, 4), parameters)
+
+
 def test_words_are_not_cut() -> None:
     state = TO["t5"](for_format("t5"), "tiq")
     assert find_layers(state) == {}

@@ -104,6 +104,14 @@ def test_verify(tmp_path: Path) -> None:
         load(tmp_path / "m.npz", 4, format="megatron_v0", verify=probe)
 
 
+@pytest.mark.skipif(bfloat16 is None, reason="bfloat16 needs ml_dtypes")
+def test_bfloat16_where_numpy_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "m.safetensors", TO["llama"](for_format("llama", dtype=bfloat16)))
+    monkeypatch.setattr("mha.convert.files.bfloat16", None)
+    with pytest.raises(ImportError, match=r"bfloat16, which NumPy lacks\. Install ml_dtypes"):
+        load_tensors(tmp_path / "m.safetensors")
+
+
 def shards(folder: Path) -> Path:
     state = model()
     halves = dict(list(state.items())[::2]), dict(list(state.items())[1::2])
