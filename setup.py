@@ -62,7 +62,8 @@ class BuildKernels(build_ext):
     older compiler does not know is left out."""
 
     def build_extensions(self) -> None:
-        nothing = "int main(void) { return 0; }\n"
+        newest = '__asm__("tdpbf16ps %tmm0, %tmm1, %tmm2");'  # the assembler must know it too
+        nothing = f"int main(void) {{\n#ifdef __AMX_BF16__\n{newest}\n#endif\nreturn 0; }}\n"
         known = [x for x in self.extensions if self._compiles(x.extra_compile_args, nothing)]
         for extension in self.extensions:
             if extension not in known:

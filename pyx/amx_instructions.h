@@ -12,7 +12,8 @@ typedef struct {
     uint8_t rows[16];
 } mha_tile_shapes;
 
-/* Every tile full, for the calling thread; until then and after the release its tiles do not exist. */
+/* Every tile full, for the calling thread; until then and after the release its tiles do not exist. No Python may run in
+ * between: what a signal handler calls may use and release them too. */
 MHA_INLINE void mha_tiles_begin(void)
 {
     mha_tile_shapes shapes = {.palette = 1};

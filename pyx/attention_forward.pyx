@@ -149,9 +149,13 @@ cdef void forward_block(const AttentionParams* p, Py_ssize_t n, Py_ssize_t kv_he
         else:
             key = key_rows(p, &p.key, n, kv_head, j, count, p.head_dim, <real*>scratch.key)
             value = key_rows(p, &p.value, n, kv_head, j, count, p.v_head_dim, <real*>scratch.value)
+        if p.paired:
+            mha_tiles_begin()
         for i in range(panels):
             if j >= p.keys - p.extra or (j < scratch.panels[i].stop and j + count > scratch.panels[i].start):
                 absorb_block(p, scratch, i, j, count, key, value, kind)
+        if p.paired:
+            mha_tiles_end()
         j += count
     for i in range(panels):
         finish_panel(p, scratch, i, kind)
@@ -163,8 +167,6 @@ cdef void forward_worker(const AttentionParams* p, mha_schedule* schedule, int t
     cdef int64_t total = p.heads // p.kv_heads * p.queries
     blocks = (total + rows - 1) // rows
     carve_forward(p, p.scratch + thread * p.scratch_bytes, &scratch, kind)
-    if p.paired:
-        mha_tiles_begin()
     item = next_item(schedule, thread, -1)
     while item >= 0:
         # the last rows see most under a causal mask: longest first
@@ -172,8 +174,6 @@ cdef void forward_worker(const AttentionParams* p, mha_schedule* schedule, int t
         item = item % (p.batch * p.kv_heads)
         forward_block(p, item // p.kv_heads, item % p.kv_heads, block * rows, &scratch, schedule, thread, kind)
         item = next_item(schedule, thread, item)
-    if p.paired:
-        mha_tiles_end()
 
 
 cdef int run_forward(const AttentionParams* p, const real* kind) except -1:

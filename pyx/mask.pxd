@@ -7,8 +7,11 @@ from libc.stdint cimport int64_t, uint32_t
 from libc.math cimport INFINITY
 from params cimport AttentionParams, TensorView
 from tile cimport (real, lanes, scale_scores, softcap_scores, add_bias, hide_flagged, hide_key, hide_lanes, drop_lanes,
-                   load_transposed, mha_philox_rows, MOST_LANES)
+                   load_transposed, mha_philox_rows, MHA_TILED, MOST_LANES)
 from schedule cimport carve
+
+cdef enum:
+    TILED_KEYS = 32                 # that one step of the matrix tiles takes
 
 
 cdef struct Panel:
@@ -105,7 +108,7 @@ cdef inline int64_t next_block(const AttentionParams* p, const Panel* panel, int
     Blocks end at multiples of the block size, so that a row's sums are made alike whichever rows share its panel. The
     appended keys are a block of their own; blocks in which padding hides everything are passed over.
     """
-    cdef int64_t own = p.keys - p.extra, stop
+    cdef int64_t own = p.keys - p.extra, entry = j, stop
     cdef const unsigned char* keep = NULL
     if p.key_keep != NULL:
         keep = p.key_keep + panel.sample * own
@@ -120,6 +123,11 @@ cdef inline int64_t next_block(const AttentionParams* p, const Panel* panel, int
             if keep != NULL:
                 while not keep[stop - 1]:
                     stop -= 1
+            if p.paired and MHA_TILED:
+                # Tiles and the vectors beside them add in different orders, so that where tiles lie must not depend on
+                # which rows share a panel either: whole ones from the first key on.
+                j = max(entry, j - j % TILED_KEYS)
+                stop = min(own, (stop + TILED_KEYS - 1) // TILED_KEYS * TILED_KEYS)
             count[0] = stop - j
             return j
         j = own

@@ -191,6 +191,8 @@ cdef void product_item(const ProductParams* p, ProductScratch* scratch, int64_t 
             pairs = left_pairs(p, scratch, i, rows, k, count, &row, &column)
         else:
             left = left_block(p, scratch, i, rows, k, count, &row, &column, kind)
+        if p.paired:
+            mha_tiles_begin()
         for panel in range(first_panel, last):
             vectors = (min(width, p.n - panel * width) + lanes(kind) - 1) // lanes(kind)
             if p.right_lies == IN_PLACE:
@@ -205,6 +207,8 @@ cdef void product_item(const ProductParams* p, ProductScratch* scratch, int64_t 
             else:
                 tile_product(rows, vectors, count, left, row, column, right, stride,
                              out + (panel - first_panel) * p.row_block * width, width, k > 0)
+        if p.paired:
+            mha_tiles_end()
         k += count
     for panel in range(first_panel, last):
         columns = min(width, p.n - panel * width)
@@ -236,14 +240,10 @@ cdef void product_worker(const ProductParams* p, mha_schedule* packing, mha_sche
     wait_for_all(packing, thread)
     if schedule_stopped(packing):
         schedule_stop(schedule)
-    if p.paired:
-        mha_tiles_begin()
     item = next_item(schedule, thread, -1)
     while item >= 0:
         product_item(p, &scratch, item // groups * p.row_block, item % groups * p.panels, schedule, thread, kind)
         item = next_item(schedule, thread, item)
-    if p.paired:
-        mha_tiles_end()
 
 
 cdef int run_product(const ProductParams* p, const real* kind) except -1:

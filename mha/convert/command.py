@@ -51,11 +51,11 @@ def _run(options: argparse.Namespace) -> int:
     with contents(options.source) as found:
         packed = layouts(found)
         layers = [prefix for prefix in [*find_layers(found.tensors), *packed] if prefix.startswith(options.prefix)]
-        if not layers:
-            raise ValueError(f"{options.source} has no attention layer of a known format under {options.prefix!r}.")
         tensors: dict[str, Array] = found.arrays()
         metadata = {name: text for name, text in found.metadata.items() if name != LAYOUTS}
-    written: dict[str, dict[str, Any]] = {}
+    if not layers:
+        raise ValueError(f"{options.source} has no attention layer of a known format under {options.prefix!r}.")
+    written = {prefix: layout for prefix, layout in packed.items() if prefix not in layers}
     for prefix in progress(layers, "converting"):
         if prefix in packed:
             parameters = own_layer(options.source, under(tensors, prefix), packed[prefix])

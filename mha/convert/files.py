@@ -91,13 +91,12 @@ def load(
     """
     path = Path(path)
     with contents(path) as found:
-        layers = find_layers(found.tensors) | {name: ["packed"] for name in layouts(found)}
-        if prefix is None:
-            if len(layers) != 1:
-                raise ValueError(f"{path} has {len(layers)} attention layers, {_some(layers)}. Give the prefix of one.")
-            (prefix,) = layers
-        arrays = found.arrays(prefix)
         packed = layouts(found)
+        layers = [*packed, *find_layers(found.tensors)] if prefix is None else [prefix]
+        arrays = found.arrays(layers[0]) if len(layers) == 1 else {}
+    if len(layers) != 1:
+        raise ValueError(f"{path} has {len(layers)} attention layers, {_some(layers)}. Give the prefix of one.")
+    (prefix,) = layers
     if prefix in packed and format in (None, "packed"):
         return verified(own_layer(path, under(arrays, prefix), packed[prefix]), verify)
     heads, kv_heads = heads_beside(path)
@@ -145,7 +144,8 @@ def save(
     if isinstance(tensors, PackedParameters):
         notes[LAYOUTS] = json.dumps({prefix: described(tensors)})
         tensors = own_tensors(tensors)
-    arrays = {prefix + name: np.ascontiguousarray(x) for name, x in tensors.items()}
+    # Not ascontiguousarray, which gives a number an axis.
+    arrays = {prefix + name: np.asarray(x, order="C") for name, x in tensors.items()}
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         if path.suffix == ".safetensors":

@@ -71,7 +71,7 @@ def notes(path: Path) -> dict[str, str]:
 def test_several_layers_need_a_prefix(tmp_path: Path) -> None:
     save(tmp_path / "m.npz", model())
     with pytest.raises(
-        ValueError, match=r"2 attention layers, \['layers.0.attn.', 'layers.1.attn.'\]. Give the prefix"
+        ValueError, match=r"m.npz has 2 attention layers, \['layers.0.attn.', 'layers.1.attn.'\]. Give the prefix"
     ):
         load(tmp_path / "m.npz", 4)
     assert same(load(tmp_path / "m.npz", 4, "layers.1.attn."), for_format("gpt2", 1))
@@ -346,6 +346,16 @@ def test_the_command_and_packed_files(tmp_path: Path) -> None:
     assert load_tensors(back).keys() == model().keys()
     for name, x in load_tensors(back).items():
         assert x.tobytes() == model()[name].tobytes()
+
+
+def test_the_command_leaves_other_packed_layers_readable(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.npz", tmp_path / "b.npz"
+    save(first, model() | {"logit_scale": np.array(2.5, "f4")})
+    for i, source in enumerate((first, second)):
+        assert run(source, second, "--to", "packed", "--heads", 4, "--prefix", f"layers.{i}.") == 0
+    for i in range(2):
+        assert same(load(second, prefix=f"layers.{i}.attn."), for_format("gpt2", i))
+    assert load_tensors(second)["logit_scale"].shape == ()
 
 
 def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from tolerance import TRUTH, assert_as_good_as_naive
 import mha
 from mha import cpu, optional
 from mha.cpu import launch, load
-from mha.matrix import heads_of, rows_of
+from mha.matrix import Matrix, heads_of, rows_of
 
 if optional.bfloat16 is None:
     pytest.skip("bfloat16 needs ml_dtypes", allow_module_level=True)
@@ -112,6 +113,53 @@ def test_keys_that_a_sample_has_not_are_not_read(kept: int, level: str) -> None:
     output = mha.scaled_dot_product_attention(q, k, v, key_lengths=lengths)
     alone = mha.scaled_dot_product_attention(q[1:], k[1:, :, :kept], v[1:, :, :kept])
     np.testing.assert_array_equal(output[1:], alone)
+
+
+@pytest.mark.parametrize("window", [(20, 5), (37, 0), (33, 11), (299, 5), None])
+def test_the_same_bits_for_any_number_of_threads(window: tuple[int, int] | None, level: str) -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, 2, 300, 64)).astype(optional.bfloat16) for _ in range(3))
+    found = set()
+    for threads in (1, 2, 3, 8):
+        mha.set_num_threads(threads)
+        output, lse = mha.scaled_dot_product_attention(q, k, v, window=window, return_lse=True)
+        found.add((output.tobytes(), lse.tobytes()))
+    mha.set_num_threads(None)
+    assert len(found) == 1
+
+
+def test_a_signal_handler_may_use_the_tiles_too(level: str) -> None:
+    rng = np.random.default_rng(0)
+    left, right = (rows_of(rng.standard_normal(shape).astype(optional.bfloat16)) for shape in ((1024, 512), (512, 512)))
+    q = rng.standard_normal((1, 4, 1000, 64)).astype(optional.bfloat16)
+
+    small = rows_of(np.ones((32, 512), optional.bfloat16))
+
+    def product(left: Matrix = left) -> bytes:
+        out = np.empty((left.shape[0], 512), optional.bfloat16)
+        cpu.product(left, right, rows_of(out))
+        return out.tobytes()
+
+    def attention() -> bytes:
+        return mha.scaled_dot_product_attention(q, q, q).tobytes()
+
+    called: list[int] = []
+    before = signal.signal(signal.SIGALRM, lambda *_: called.append(len(product(small))))
+    mha.set_num_threads(1)
+    try:
+        for call in (product, attention):
+            expected = call()
+            called.clear()
+            # A call looks for signals every fifty milliseconds; with emulated tiles it takes longer than that.
+            signal.setitimer(signal.ITIMER_REAL, 0.02)
+            found = call()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            assert found == expected
+            assert called or level != "amx emulated"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        mha.set_num_threads(None)
 
 
 def test_the_levels_that_have_the_instruction() -> None:
