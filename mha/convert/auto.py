@@ -62,7 +62,7 @@ def find_layers(state_dict: Mapping[str, Any]) -> dict[str, list[str]]:
             prefix = name.removesuffix(mark)
             if prefix == name or prefix[-1:] not in ("", ".", "/", ":"):
                 continue
-            fitting = matching([FORMATS[one] for one in formats], under(state, prefix))
+            fitting = matching([FORMATS[one] for one in formats], state, prefix)
             if fitting:
                 found.setdefault(prefix, []).extend(READ_BY[one.name] for one in fitting)
     return found
@@ -98,7 +98,7 @@ def auto(
         As of every reader.
     """
     state = flat(state_dict)
-    fitting = matching(list(FORMATS.values()), under(state, prefix))
+    fitting = matching(list(FORMATS.values()), state, prefix)
     if not fitting:
         layers = list(find_layers(state))
         hint = f"Layers are under {layers[:12]}." if layers else "No layer of a known format is in this state."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import math
 import os
 import zipfile
@@ -100,8 +101,8 @@ def load(
     if prefix in packed and format in (None, "packed"):
         return verified(own_layer(path, under(arrays, prefix), packed[prefix]), verify)
     heads, kv_heads = heads_beside(path)
-    if num_heads is None:
-        num_heads, num_kv_heads = heads, kv_heads if num_kv_heads is None else num_kv_heads
+    num_heads = heads if num_heads is None else num_heads
+    num_kv_heads = kv_heads if num_kv_heads is None else num_kv_heads
     if format is None:
         return auto(arrays, num_heads, prefix, num_kv_heads=num_kv_heads, verify=verify)
     if format not in FROM:
@@ -193,7 +194,7 @@ class _Refused(Exception):
 #: What readers raise on bytes that are not what they should be.
 _DAMAGE: tuple[type[Exception], ...] = (
     ValueError, KeyError, TypeError, EOFError, MemoryError, OverflowError, SyntaxError, zipfile.BadZipFile, zlib.error,
-    NotImplementedError, RecursionError, *safetensors_errors(),
+    NotImplementedError, RecursionError, RuntimeError, lzma.LZMAError, *safetensors_errors(),
 )  # fmt: skip
 
 
@@ -219,10 +220,17 @@ def _safetensors(path: Path) -> Iterator[Contents]:
     with library.safe_open(path, framework="numpy") as file:
 
         def stored(name: str) -> Stored:
-            view = file.get_slice(name)
-            if view.get_dtype() == "BF16" and bfloat16 is None:
+            return Stored(tuple(file.get_slice(name).get_shape()), lambda: read(name))
+
+        def read(name: str) -> Array:
+            dtype = file.get_slice(name).get_dtype()
+            if dtype == "BF16" and bfloat16 is None:
                 raise ImportError(f"{name} is bfloat16, which NumPy lacks. Install ml_dtypes.")
-            return Stored(tuple(view.get_shape()), lambda: file.get_tensor(name))
+            try:
+                x: Array = file.get_tensor(name)
+            except AttributeError:
+                raise _Refused(f"has {name} in {dtype}, which NumPy has no dtype for.") from None
+            return x
 
         yield Contents({name: stored(name) for name in file.keys()}, dict(file.metadata() or {}))  # noqa: SIM118
 
@@ -322,9 +330,12 @@ def heads_beside(path: str | os.PathLike[str]) -> tuple[int | None, int | None]:
         return None, None
     if not isinstance(stated, dict):
         return None, None
-    found = [next((stated[name] for name in names if isinstance(stated.get(name), int)), None)
-             for names in (_HEADS, _KV_HEADS)]  # fmt: skip
-    return found[0], found[1]
+    heads, kv_heads = (
+        next((stated[name] for name in names if type(stated.get(name)) is int), None) for names in (_HEADS, _KV_HEADS)
+    )
+    if stated.get("multi_query") and not stated.get("new_decoder_architecture"):
+        kv_heads = 1  # Falcon's configuration states the query heads there.
+    return heads, kv_heads
 
 
 def _some(names: Iterable[str], limit: int = 12) -> str:

@@ -45,11 +45,11 @@ def under(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
-def matching(formats: Sequence[Format], state: Mapping[str, Any]) -> list[Format]:
-    """Those whose weights are all there, with as many axes as they have."""
+def matching(formats: Sequence[Format], state: Mapping[str, Any], prefix: str = "") -> list[Format]:
+    """Those whose weights are all there under the prefix, with as many axes as they have."""
 
     def matches(one: Format) -> bool:
-        return all(x.name in state and _axes(state[x.name]) == x.axes.ndim for x in one.weights)
+        return all(_axes(state.get(prefix + x.name)) == x.axes.ndim for x in one.weights)
 
     return [one for one in formats if matches(one)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -42,7 +43,7 @@ def reasons_against(one: Format, layer: Layer) -> list[str]:
         if dims["v"] != dims["q"]:
             reasons.append(f"value heads are {dims['v']} wide and query heads {dims['q']}")
     usual = layer.head_dims["q"] ** -0.5 if one.scale is None else one.scale
-    if layer.own_scale != usual:
+    if not math.isclose(layer.own_scale, usual, rel_tol=1e-6):
         reasons.append(f"the scale is {layer.own_scale:g}, there always {usual:g}")
     if layer.bias_k is not None and not one.appended:
         reasons.append("bias_k and bias_v have no place")
