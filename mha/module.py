@@ -16,7 +16,7 @@ from mha.exchange import in_kind
 from mha.front import LatestCall
 from mha.functional import MultiHeadAttentionGradients
 from mha.matrix import rows_of
-from mha.optional import library_named
+from mha.optional import array_module, library_named
 from mha.packed_call import PackedCall
 from mha.packing import PackedLayout
 from mha.problem import checked_probability
@@ -92,6 +92,7 @@ class MultiHeadAttention(FromFormats):
             qbias=bias, kbias=bias, vbias=bias, obias=bias,
         )  # fmt: skip
         self._set_up(layout, attn_dropout, out_dropout, add_bias_kv, add_zero_attn, scale, dtype, xp)
+        self.reset_parameters()
 
     def _set_up(
         self,
@@ -113,7 +114,6 @@ class MultiHeadAttention(FromFormats):
         self._latest = LatestCall()
         self._frozen = False
         self._packed: dict[str, Any] = {}
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the parameters anew."""
@@ -240,26 +240,27 @@ class MultiHeadAttention(FromFormats):
             x[...] = self.xp.asarray(state[name]).reshape(x.shape)
 
     @classmethod
-    def from_parameters(cls, parameters: PackedParameters, *, xp: ModuleType = np, **options: Any) -> Self:
+    def from_parameters(cls, parameters: PackedParameters, *, xp: ModuleType | None = None, **options: Any) -> Self:
         """A layer with converted parameters, of any layout; see `mha.convert`.
 
         Parameters
         ----------
         parameters : PackedParameters
-        xp : module
-            The library to hold them in.
+        xp : module, optional
+            The library to hold a copy of them in; None is their own.
         **options
             attn_dropout, out_dropout, add_zero_attn, scale.
         """
+        xp = array_module(parameters.io_weight_bias) if xp is None else xp
         made = cls.__new__(cls)
         given: dict[str, Any] = {"scale": parameters.scale} | options
         made._set_up(
             parameters.layout, add_bias_kv=parameters.bias_k is not None, dtype=parameters.io_weight_bias.dtype, xp=xp,
             **given,
         )  # fmt: skip
-        rows = {"bias_k": parameters.bias_k, "bias_v": parameters.bias_v}
-        state = {"io_weight_bias": parameters.io_weight_bias} | {n: x for n, x in rows.items() if x is not None}
-        made.load_state_dict(state)
+        parameters.layout.views(parameters.io_weight_bias)  # raises if it does not fit
+        made.io_weight_bias = xp.array(parameters.io_weight_bias).reshape(-1)
+        made.bias_k, made.bias_v = (None if x is None else xp.array(x) for x in (parameters.bias_k, parameters.bias_v))
         return made
 
     @property

@@ -181,3 +181,16 @@ def test_any_layout_that_parameters_have() -> None:
     assert layer.backward(np.ones_like(expected)).io_weight_bias.shape == (layout.length,)
     assert f"layout={layout!r}" in repr(layer)
     assert layer.bias
+
+
+def test_ported_weights_draw_nothing() -> None:
+    layout = mha.PackedLayout(8, 2)
+    mha.seed(0)
+    first = MultiHeadAttention(8, 2).io_weight_bias
+    mha.seed(0)
+    parameters = convert.PackedParameters(x(layout.length), layout)
+    ported = MultiHeadAttention.from_parameters(parameters)
+    np.testing.assert_array_equal(MultiHeadAttention(8, 2).io_weight_bias, first)
+    assert not np.shares_memory(ported.io_weight_bias, parameters.io_weight_bias)
+    with pytest.raises(ValueError, match="elements, but this layout has"):
+        MultiHeadAttention.from_parameters(parameters._replace(io_weight_bias=x(3)))

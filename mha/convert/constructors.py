@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, Self
 
-import numpy as np
-
 from mha.convert.parameters import PackedParameters
 from mha.convert.systems import FROM
 
@@ -23,7 +21,7 @@ def _constructor(name: str) -> classmethod[Any, Any, Any]:
         prefix: str = "",
         *,
         num_kv_heads: int | None = None,
-        xp: ModuleType = np,
+        xp: ModuleType | None = None,
         **options: Any,
     ) -> FromFormats:
         parameters = read(state_dict, num_heads, prefix, num_kv_heads=num_kv_heads)
@@ -33,7 +31,7 @@ def _constructor(name: str) -> classmethod[Any, Any, Any]:
     construct.__qualname__ = f"MultiHeadAttention.from_{name}"
     construct.__doc__ = (
         f"A layer with the parameters that ``mha.convert.from_{name}`` reads, whose arguments these are; `xp` is the "
-        "library to hold them in, and the options attn_dropout, out_dropout, add_zero_attn, scale."
+        "library to hold them in, else their own; the options are attn_dropout, out_dropout, add_zero_attn, scale."
     )
     return classmethod(construct)
 
@@ -42,7 +40,7 @@ class FromFormats:
     """What `MultiHeadAttention` can be made of."""
 
     @classmethod
-    def from_parameters(cls, parameters: PackedParameters, *, xp: ModuleType = np, **options: Any) -> Self:
+    def from_parameters(cls, parameters: PackedParameters, *, xp: ModuleType | None = None, **options: Any) -> Self:
         """A layer with converted parameters."""
         raise NotImplementedError
 
