@@ -51,10 +51,19 @@ def plan_forward(sizes: Sizes, traits: Traits, facts: DeviceFacts) -> tuple[Kern
     """Output and log-sum-exp: one kernel, or for few rows a split one and one that combines the parts."""
     if sizes.rows <= _DECODE_ROWS:
         return _plan_decode(sizes, traits, facts)
-    tiles = _tiles("attention_forward", _forward_tiles(sizes, traits), sizes.rows, sizes.keys, traits, facts)
+    tiles = _forward_tiles(sizes, traits)
+    if facts.capability >= 120 and tiles.columns > 64:
+        traits = _with_ranges(traits)
+    tiles = _tiles("attention_forward", tiles, sizes.rows, sizes.keys, traits, facts)
     blocks = sizes.batch * sizes.kv_heads * -(-sizes.rows // tiles.rows)
     why = f"{blocks} blocks of {tiles.rows} query rows, {tiles.keys} keys at a time"
     return (_plan("attention_forward", tiles, traits, blocks, tiles.dv // tiles.v_columns, why),)
+
+
+def _with_ranges(traits: Traits) -> Traits:
+    """From 10.0 on the assembler spills 12 to 96 bytes of some kernels that know that nothing is hidden, and nothing of
+    those that look."""
+    return traits._replace(masks=max(traits.masks, RANGES))
 
 
 def _forward_tiles(sizes: Sizes, traits: Traits) -> Tiles:
@@ -101,9 +110,8 @@ def partial_size(sizes: Sizes, traits: Traits, splits: int) -> int:
 def plan_backward(sizes: Sizes, traits: Traits, facts: DeviceFacts) -> tuple[KernelPlan, ...]:
     """Gradients of query, key and value: one kernel for the keys' and the values', one for the queries'."""
     kernel, tiles, of_query = "attention_backward", _backward_tiles(sizes, traits), traits
-    if facts.capability // 10 == 10 and tiles.columns > 64:
-        # For 10.x the assembler spills 12 bytes of the kernel that knows that nothing is hidden, none of the other.
-        traits = traits._replace(masks=max(traits.masks, RANGES))
+    if facts.capability >= 100 and tiles.columns > 64:
+        traits = _with_ranges(traits)
     tiles = _tiles(kernel, tiles, sizes.keys, sizes.queries, traits, facts)
     panels = -(-(sizes.keys - sizes.extra) // tiles.rows) + -(-sizes.extra // tiles.rows)
     heads = sizes.batch * sizes.kv_heads
