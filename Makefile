@@ -1,5 +1,5 @@
-# demo test test-all test-text test-torch test-convert test-gpu-compile bench lint: each makes its own virtual environment; gpu takes
-# the python that there is. ARGS passes arguments on.
+# demo test test-all test-text test-torch test-convert test-gpu-compile bench lint: each makes its own virtual
+# environment; gpu takes the python that there is. ARGS passes arguments on.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

@@ -85,10 +85,8 @@ def measure(
     if rates and "mha" in answers:
         # A shared machine reads twice as fast in one second as in another, so each round is a ratio of its own.
         best = [job.read_bytes * 1e-9 / min(answer["seconds"]) for answer in answers["mha"]]
-        result["read_rates"], result["read_shares"] = (
-            rates,
-            [ours / rate for ours, rate in zip(best, rates, strict=True)],
-        )
+        result["read_rates"] = rates
+        result["read_shares"] = [ours / rate for ours, rate in zip(best, rates, strict=True)]
     return result
 
 

@@ -164,12 +164,8 @@ RECORD = [
 def jobs() -> list[Job]:
     """The whole table, each job once. Jobs that are held against each other follow each other: within minutes a shared
     machine changes its speed by a quarter."""
-    together = [
-        job
-        for group in (zip(SINGLE, FLOAT16, BFLOAT16, FLOAT64, strict=True), zip(ALL_THREADS, ONE_THREAD, strict=True))
-        for jobs in group
-        for job in jobs
-    ]
+    rivals = (SINGLE, FLOAT16, BFLOAT16, FLOAT64), (ALL_THREADS, ONE_THREAD)
+    together = [job for group in rivals for row in zip(*group, strict=True) for job in row]
     everything = [
         together, FORWARD, CAUSAL, [YARDSTICK], BACKWARD, PADDING, BIAS, WINDOWED, DECODE, DECODE_GROUPED, LAYERS,
         LAYERS_BFLOAT16, LAYERS_TRAINING, PRODUCTS, TRANSPOSED, BESIDE, MEGENGINE, RECORD,

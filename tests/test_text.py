@@ -13,13 +13,13 @@ import pytest
 
 from mha.__main__ import main
 from mha.convert import load_tensors
+from mha.demo.model import linear
 from mha.demo.text import (
     HEADS,
     SENTENCES,
     Attention,
     embed,
     installed_model,
-    linear,
     ported_attention,
     tokens_of,
 )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mha.convert.formats import FORMATS, READ_BY
+from mha.convert.formats import FORMATS, READ_BY, Format
 from mha.convert.parameters import PackedParameters
 from mha.convert.reading import flat, matching, read, under
 from mha.functional import multi_head_attention
@@ -53,16 +53,16 @@ def find_layers(state_dict: Mapping[str, Any]) -> dict[str, list[str]]:
         readers.
     """
     state = flat(state_dict)
-    marks: dict[str, list[str]] = {}
+    marks: dict[str, list[Format]] = {}
     for one in FORMATS.values():
-        marks.setdefault(one.weights[0].name, []).append(one.name)
+        marks.setdefault(one.weights[0].name, []).append(one)
     found: dict[str, list[str]] = {}
     for name in state:
         for mark, formats in marks.items():
             prefix = name.removesuffix(mark)
             if prefix == name or prefix[-1:] not in ("", ".", "/", ":"):
                 continue
-            fitting = matching([FORMATS[one] for one in formats], state, prefix)
+            fitting = matching(formats, state, prefix)
             if fitting:
                 found.setdefault(prefix, []).extend(READ_BY[one.name] for one in fitting)
     return found

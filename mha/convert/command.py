@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 
 from mha.convert.auto import auto, find_layers
 from mha.convert.files import LAYOUTS, contents, described, heads_beside, layouts, own_layer, own_tensors, save
-from mha.convert.parameters import PackedParameters
-from mha.convert.reading import flat, under
+from mha.convert.reading import under
 from mha.convert.systems import FROM, TO, family
 from mha.optional import progress
 
@@ -50,7 +49,8 @@ def _run(options: argparse.Namespace) -> int:
     heads, kv_heads = options.heads or heads, options.kv_heads or kv_heads
     with contents(options.source) as found:
         packed = layouts(found)
-        layers = [prefix for prefix in [*find_layers(found.tensors), *packed] if prefix.startswith(options.prefix)]
+        formats = find_layers(found.tensors)
+        layers = [prefix for prefix in [*formats, *packed] if prefix.startswith(options.prefix)]
         tensors: dict[str, Array] = found.arrays()
         metadata = {name: text for name, text in found.metadata.items() if name != LAYOUTS}
     if not layers:
@@ -61,7 +61,13 @@ def _run(options: argparse.Namespace) -> int:
             parameters = own_layer(options.source, under(tensors, prefix), packed[prefix])
             names = list(own_tensors(parameters))
         else:
-            parameters, names = _read(tensors, prefix, options.source_format, heads, kv_heads)
+            if options.source_format is None:
+                parameters, possible = auto(tensors, heads, prefix, num_kv_heads=kv_heads), formats[prefix]
+            else:
+                read, possible = FROM[options.source_format], [options.source_format]
+                parameters = read(tensors, heads, prefix, num_kv_heads=kv_heads)
+            own = [tensor.name for name in possible for one in family(name) for tensor in one.tensors]
+            names = [name for name in dict.fromkeys([*own, "bias_k", "bias_v"]) if prefix + name in tensors]
         if options.to == PACKED:
             made = {prefix + name: x for name, x in own_tensors(parameters).items()}
             written[prefix] = described(parameters)
@@ -81,21 +87,6 @@ def _run(options: argparse.Namespace) -> int:
     save(options.target, tensors, metadata=metadata | ({LAYOUTS: json.dumps(written)} if written else {}))
     print(f"{options.target}: {len(layers)} layers as {options.to}, {kept} other tensors unchanged")
     return 0
-
-
-def _read(
-    tensors: dict[str, Array], prefix: str, source_format: str | None, heads: int | None, kv_heads: int | None
-) -> tuple[PackedParameters, list[str]]:
-    """The layer, and the names of its tensors without the prefix."""
-    if source_format is None:
-        parameters = auto(tensors, heads, prefix, num_kv_heads=kv_heads)
-        formats = find_layers(tensors)[prefix]
-    else:
-        parameters = FROM[source_format](tensors, heads, prefix, num_kv_heads=kv_heads)
-        formats = [source_format]
-    own = [tensor.name for name in formats for one in family(name) for tensor in one.tensors]
-    found = under(flat(tensors), prefix)
-    return parameters, [name for name in dict.fromkeys([*own, "bias_k", "bias_v"]) if name in found]
 
 
 def _show(prefix: str, before: dict[str, Array], after: dict[str, Array]) -> None:

@@ -8,7 +8,7 @@ import math
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from mha.convert.auto import Probe, auto, find_layers, verified
 from mha.convert.parameters import Layer, PackedParameters
-from mha.convert.reading import under
+from mha.convert.reading import some, under
 from mha.convert.systems import FROM
 from mha.optional import bfloat16, progress, safetensors, safetensors_errors
 from mha.packing import PackedLayout
@@ -96,7 +96,7 @@ def load(
         layers = [*packed, *find_layers(found.tensors)] if prefix is None else [prefix]
         arrays = found.arrays(layers[0]) if len(layers) == 1 else {}
     if len(layers) != 1:
-        raise ValueError(f"{path} has {len(layers)} attention layers, {_some(layers)}. Give the prefix of one.")
+        raise ValueError(f"{path} has {len(layers)} attention layers, {some(layers)}. Give the prefix of one.")
     (prefix,) = layers
     if prefix in packed and format in (None, "packed"):
         return verified(own_layer(path, under(arrays, prefix), packed[prefix]), verify)
@@ -246,12 +246,12 @@ def _sharded(path: Path) -> Iterator[Contents]:
     names = sorted(set(shards.values()))
     wrong = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
     if wrong:
-        raise _Refused(f"names {_some(wrong)}, which are no safetensors files in its own folder.")
+        raise _Refused(f"names {some(wrong)}, which are no safetensors files in its own folder.")
     with ExitStack() as stack:
         opened = {name: stack.enter_context(_safetensors(path.with_name(name))) for name in names}
         absent = [name for name, shard in shards.items() if name not in opened[shard].tensors]
         if absent:
-            raise _Refused(f"places {_some(absent)} in shards that do not have them.")
+            raise _Refused(f"places {some(absent)} in shards that do not have them.")
         yield Contents({name: opened[shard].tensors[name] for name, shard in shards.items()}, {})
 
 
@@ -260,7 +260,7 @@ def _npz(path: Path) -> Iterator[Contents]:
     with zipfile.ZipFile(path) as archive:
         others = [name for name in archive.namelist() if not name.endswith(".npy")]
         if others:
-            raise _Refused(f"holds {_some(others)}, which are no arrays.")
+            raise _Refused(f"holds {some(others)}, which are no arrays.")
         names = [name.removesuffix(".npy") for name in archive.namelist()]
 
         def read(name: str) -> Array:
@@ -336,8 +336,3 @@ def heads_beside(path: str | os.PathLike[str]) -> tuple[int | None, int | None]:
     if stated.get("multi_query") and not stated.get("new_decoder_architecture"):
         kv_heads = 1  # Falcon's configuration states the query heads there.
     return heads, kv_heads
-
-
-def _some(names: Iterable[str], limit: int = 12) -> str:
-    listed = list(names)
-    return f"{listed[:limit]} and {len(listed) - limit} more" if len(listed) > limit else str(listed)

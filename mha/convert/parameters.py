@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -146,13 +145,8 @@ def check_appended(bias_k: Array | None, bias_v: Array | None, layout: PackedLay
         raise ValueError(
             f"bias_{'v' if bias_k is None else 'k'} is given alone. Give both bias_k and bias_v, or neither."
         )
-    for name, bias, width in _appended(bias_k, bias_v, layout):
+    for name, bias, width in (("bias_k", bias_k, layout.kproj_size), ("bias_v", bias_v, layout.vproj_size)):
         if bias.shape != (1, 1, width):
             raise ValueError(f"{name} has shape {bias.shape}, not (1, 1, {width}). It is one projected row, all heads.")
         if bias.dtype != vector.dtype:
             raise TypeError(f"{name} is {bias.dtype} but io_weight_bias is {vector.dtype}. Convert one of them.")
-
-
-def _appended(bias_k: Array, bias_v: Array, layout: PackedLayout) -> Iterator[tuple[str, Array, int]]:
-    yield "bias_k", bias_k, layout.kproj_size
-    yield "bias_v", bias_v, layout.vproj_size

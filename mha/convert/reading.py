@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -38,6 +38,12 @@ def _entries(state: State, above: str = "") -> Iterator[tuple[str, Any]]:
             yield from _entries(value, f"{above}{name}/")
         elif value is not None:
             yield f"{above}{name}", value
+
+
+def some(names: Iterable[str], limit: int = 12) -> str:
+    """The first of them, for a message."""
+    listed = list(names)
+    return f"{listed[:limit]} and {len(listed) - limit} more" if len(listed) > limit else str(listed)
 
 
 def under(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -108,10 +114,10 @@ def _arrays(
         ]  # fmt: skip
         hint = f"Give the prefix of one layer, the part of its names before {' or '.join(marks)}, and only known names."
         if missing and others:
-            hint += f" Prefixes of such names: {_some(others)}."
+            hint += f" Prefixes of such names: {some(others)}."
         raise ValueError(
-            f"{one.title}, prefix {prefix!r}: missing {missing}, not understood {_some(unknown)}, "
-            f"present {_some(sorted(found))}. {hint}"
+            f"{one.title}, prefix {prefix!r}: missing {missing}, not understood {some(unknown)}, "
+            f"present {some(sorted(found))}. {hint}"
         )
     arrays = {name: as_array(found[name]) for name in found if name in optional}
     array_module(*arrays.values())
@@ -125,10 +131,6 @@ def _arrays(
                 "Is it another format's?"
             )
     return arrays
-
-
-def _some(names: list[str], limit: int = 12) -> str:
-    return f"{names[:limit]} and {len(names) - limit} more" if len(names) > limit else str(names)
 
 
 def _heads(one: Format, arrays: dict[str, Array], num_heads: int | None, num_kv_heads: int | None) -> Heads:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mha import convert, optional
+from mha.demo.model import State, layer_norm, linear
 from mha.module import MultiHeadAttention
 
 Array = NDArray[Any]
-State = dict[str, Array]
 #: Takes the number of a layer, x (N, T, E) and the padding (N, T), True = ignore.
 Attention = Callable[[int, Array, Array], Array]
 
@@ -48,18 +49,8 @@ def tokens_of(folder: Path, sentences: Sequence[str] = SENTENCES) -> tuple[Array
     return np.array([one.ids for one in encoded]), np.array([one.attention_mask for one in encoded]) == 0
 
 
-def linear(x: Array, state: State, name: str) -> Array:
-    """``x @ weight.T + bias``"""
-    product: Array = x @ state[f"{name}.weight"].T
-    return product + state[f"{name}.bias"]
-
-
-def layer_norm(x: Array, state: State, name: str) -> Array:
-    """Over the features."""
-    centred = x - x.mean(-1, keepdims=True)
-    scale = 1 / np.sqrt((centred**2).mean(-1, keepdims=True) + np.float32(1e-12))
-    normed: Array = centred * scale * state[f"{name}.weight"]
-    return normed + state[f"{name}.bias"]
+#: BERT's.
+norm = partial(layer_norm, epsilon=1e-12)
 
 
 def gelu(x: Array) -> Array:
@@ -72,12 +63,12 @@ def embed(state: State, tokens: tuple[Array, Array], attention: Attention) -> Ar
     """Sentence embeddings (N, 384) of norm 1."""
     ids, padding = tokens
     words, positions, kinds = (state[f"embeddings.{n}_embeddings.weight"] for n in ("word", "position", "token_type"))
-    x = layer_norm(words[ids] + positions[: ids.shape[1]] + kinds[0], state, "embeddings.LayerNorm")
+    x = norm(words[ids] + positions[: ids.shape[1]] + kinds[0], state, "embeddings.LayerNorm")
     for i in range(LAYERS):
         prefix = f"encoder.layer.{i}"
-        x = layer_norm(x + attention(i, x, padding), state, f"{prefix}.attention.output.LayerNorm")
+        x = norm(x + attention(i, x, padding), state, f"{prefix}.attention.output.LayerNorm")
         hidden = gelu(linear(x, state, f"{prefix}.intermediate.dense"))
-        x = layer_norm(x + linear(hidden, state, f"{prefix}.output.dense"), state, f"{prefix}.output.LayerNorm")
+        x = norm(x + linear(hidden, state, f"{prefix}.output.dense"), state, f"{prefix}.output.LayerNorm")
     kept = ~padding[..., None]
     mean: Array = (x * kept).sum(1) / kept.sum(1)
     return mean / np.linalg.norm(mean, axis=-1, keepdims=True)

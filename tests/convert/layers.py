@@ -60,12 +60,10 @@ def _torch(x: Array, s: State, h: int) -> tuple[Array, ...]:
     return tuple(_heads(part, h) for part in np.split(y, 3, axis=1))
 
 
-def _named(
-    q: str, k: str, v: str, suffix: str = ".weight", bias: str = ".bias", by: str = "le,fe->lf"
-) -> Callable[..., Any]:
+def _named(q: str, k: str, v: str) -> Callable[..., Any]:
     def project(x: Array, s: State, h: int) -> tuple[Array, ...]:
-        made = (np.einsum(by, x, s[name + suffix]) + s.get(name + bias, 0) for name in (q, k, v))
-        width = s[q + suffix].shape[0 if by == "le,fe->lf" else 1] // h
+        made = (np.einsum("le,fe->lf", x, s[f"{name}.weight"]) + s.get(f"{name}.bias", 0) for name in (q, k, v))
+        width = len(s[f"{q}.weight"]) // h
         return tuple(y.reshape(len(x), -1, width).transpose(1, 0, 2) for y in made)
 
     return project
@@ -95,7 +93,7 @@ def _fused(name: str, order: str, by: str = "le,fe->lf") -> Callable[..., Any]:
     return project
 
 
-def _grouped(name: str, kv_heads: int | None = None, groups: bool = True) -> Callable[..., Any]:
+def _grouped(name: str, groups: bool = True) -> Callable[..., Any]:
     def project(x: Array, s: State, h: int, kv: int) -> tuple[Array, ...]:
         y = x @ s[f"{name}weight"].T + s.get(f"{name}bias", 0)
         if groups:
