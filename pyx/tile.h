@@ -25,6 +25,7 @@ MHA_INLINE void MHA_NAME(tile_body)(const int rows, const int vectors, ptrdiff_t
                                     ptrdiff_t a_k, const MHA_REAL *b, ptrdiff_t ldb, MHA_REAL *c, ptrdiff_t ldc,
                                     int accumulate)
 {
+    const int ahead = MHA_FETCH_AHEAD && sizeof(MHA_LEFT) < sizeof(double);
     VECTOR sum[12][4];
 #pragma GCC unroll 12
     for (int i = 0; i < rows; i++)
@@ -36,6 +37,10 @@ MHA_INLINE void MHA_NAME(tile_body)(const int rows, const int vectors, ptrdiff_t
 #pragma GCC unroll 4
         for (int j = 0; j < vectors; j++)
             right[j] = *(const VECTOR *)(b + p * ldb + j * LANES);
+        if (ahead && a_k == MHA_NEXT)
+            __builtin_prefetch(a + (rows + (p & 7)) * a_row + (p >> 3 << 3) * MHA_NEXT);
+        else if (ahead && a_row == MHA_NEXT)
+            __builtin_prefetch(a + rows * MHA_NEXT + p * a_k);
 #pragma GCC unroll 12
         for (int i = 0; i < rows; i++) {
             const MHA_LOADED left = MHA_LOAD(a + i * a_row + p * a_k);

@@ -35,6 +35,7 @@ def _in_child(queue: Any) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # JAX, where another test has loaded it
 def test_children_forked_after_use_do_not_hang() -> None:
     expected = float(attend(1).sum())
     context = multiprocessing.get_context("fork")

@@ -192,6 +192,9 @@ def _matrix_view(matrix: Matrix) -> tuple[int, ...]:
     for axes in (matrix.row_axes, matrix.column_axes):
         *outer, inner = axes
         size = max(x.shape[inner], 1)
+        if outer and strides[outer[0]] == size * strides[inner]:
+            # One axis in memory, so that no block of rows ends where a sample does: such a block would be copied.
+            size, outer = size * x.shape[outer[0]], []
         fields += [size, strides[outer[0]] if outer else size * strides[inner], strides[inner]]
     return tuple(fields)
 

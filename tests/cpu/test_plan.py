@@ -64,11 +64,11 @@ def test_products(lanes: tuple[int, int]) -> None:
     """The sums of a product run over blocks of k, which no number of threads may change."""
     for m, n, k, lies in itertools.product((1, 24, 25, 500), (1, 16, 65, 3000), (0, 1, 64, 513), (True, False)):
         made = [plan.plan_product(m, n, k, lies, Facts(*lanes, threads)) for threads in THREADS]
-        assert len({(p.vectors, p.k_block, p.row_block, p.in_place) for p in made}) == 1, (m, n, k)
+        assert len({(p.vectors, p.k_block, p.in_place) for p in made}) == 1, (m, n, k)
         for p, threads in zip(made, THREADS, strict=True):
             assert 1 <= p.threads <= threads
-            assert 1 <= p.panels <= 8
-            assert 1 <= p.row_block <= 96
+            assert 1 <= p.panels <= 4
+            assert p.row_block == m or p.row_block % 32 == 0, "rows beside the tiles of AMX are summed in another order"
             assert 1 <= p.vectors <= 4
             assert p.in_place <= lies
 
