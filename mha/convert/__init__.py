@@ -15,7 +15,8 @@ __all__ = ["FORMATS", "FROM", "TO", "PackedParameters", "Probe", "Reader", "Writ
            "load_tensors", "save"]  # fmt: skip
 
 from_torch, to_torch = FROM["torch"], TO["torch"]
-from_paddle, to_paddle, to_paddle_flat = FROM["paddle"], TO["paddle"], TO["paddle_flat"]
+from_paddle, to_paddle = FROM["paddle"], TO["paddle"]
+to_paddle_flat, to_paddle_nn = TO["paddle_flat"], TO["paddle_nn"]
 from_ivy, to_ivy = FROM["ivy"], TO["ivy"]
 from_keras, to_keras = FROM["keras"], TO["keras"]
 from_flax, to_flax = FROM["flax"], TO["flax"]
@@ -25,6 +26,7 @@ from_hf_bart, to_hf_bart = FROM["hf_bart"], TO["hf_bart"]
 from_timm, to_timm = FROM["timm"], TO["timm"]
 from_gpt2, to_gpt2 = FROM["gpt2"], TO["gpt2"]
 from_llama, to_llama = FROM["llama"], TO["llama"]
+from_gpt_neo, to_gpt_neo = FROM["gpt_neo"], TO["gpt_neo"]
 from_gpt_neox, to_gpt_neox = FROM["gpt_neox"], TO["gpt_neox"]
 from_bloom, to_bloom = FROM["bloom"], TO["bloom"]
 from_megatron, to_megatron = FROM["megatron"], TO["megatron"]

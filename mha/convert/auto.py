@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mha.convert.formats import FORMATS, READ_BY, Format
 from mha.convert.parameters import PackedParameters
-from mha.convert.reading import flat, matching, read, under
+from mha.convert.reading import flat, matching, of_type, read, under
 from mha.functional import multi_head_attention
 
 Array = NDArray[Any]
@@ -74,6 +74,7 @@ def auto(
     prefix: str = "",
     *,
     num_kv_heads: int | None = None,
+    model_type: str | None = None,
     verify: Probe | None = None,
 ) -> PackedParameters:
     """Pack one attention layer of whatever format its names say.
@@ -82,6 +83,8 @@ def auto(
     ----------
     state_dict, num_heads, prefix, num_kv_heads
         As of every reader.
+    model_type : str, optional
+        Of Hugging Face's ``config.json``: decides between formats with the same names.
     verify : Probe, optional
         What the layer should answer: decides between formats with the same names, and is checked in any case.
 
@@ -98,7 +101,7 @@ def auto(
         As of every reader.
     """
     state = flat(state_dict)
-    fitting = matching(list(FORMATS.values()), state, prefix)
+    fitting = of_type(matching(list(FORMATS.values()), state, prefix), model_type)
     if not fitting:
         layers = list(find_layers(state))
         hint = f"Layers are under {layers[:12]}." if layers else "No layer of a known format is in this state."
@@ -126,7 +129,7 @@ def auto(
     if any(_differ(made[names[0]], made[name]) for name in names[1:]):
         raise ValueError(
             f"the names under prefix {prefix!r} are those of {', '.join(names)}, which order their features otherwise. "
-            f"Call {' or '.join(f'from_{name}' for name in names)}, or give verify."
+            f"Call {' or '.join(f'from_{name}' for name in names)}, or give model_type or verify."
         )
     return made[names[0]]
 

@@ -40,6 +40,12 @@ class Axes:
     plain: Callable[[Array], Array]
     laid_out: Callable[[Array, int], Array]
     says_heads: Callable[[tuple[int, ...]], int] | None = None
+    #: Whether the first axis counts query, key and value.
+    of_three: bool = False
+
+    def fit(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of this shape can lie so."""
+        return len(shape) == self.ndim and (not self.of_three or shape[0] == 3)
 
 
 def _by_heads(x: Array, heads: int) -> Array:
@@ -53,12 +59,12 @@ IN_HEADS = Axes("(in, heads, width)", 3, lambda x: x.reshape(x.shape[0], -1), _b
 HEADS_OUT = Axes("(heads, width, out)", 3, lambda x: x.reshape(-1, x.shape[-1]),
                  lambda x, heads: x.reshape(heads, -1, x.shape[-1]), lambda shape: shape[0])  # fmt: skip
 THREE_HEADS_IN = Axes("(3, heads, width, in)", 4, lambda x: x.reshape(-1, x.shape[-1]).T,
-                      lambda x, heads: x.T.reshape(3, heads, -1, x.shape[0]), lambda shape: shape[1])  # fmt: skip
+                      lambda x, heads: x.T.reshape(3, heads, -1, x.shape[0]), lambda shape: shape[1], True)  # fmt: skip
 #: Of a bias.
 OUT = Axes("(out,)", 1, lambda x: x, lambda x, heads: x)
 HEADS = Axes("(heads, width)", 2, lambda x: x.reshape(-1), _by_heads, lambda shape: shape[0])
 THREE_HEADS = Axes("(3, heads, width)", 3, lambda x: x.reshape(-1), lambda x, heads: x.reshape(3, heads, -1),
-                   lambda shape: shape[1])  # fmt: skip
+                   lambda shape: shape[1], True)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
 from mha.convert.auto import auto, find_layers
-from mha.convert.files import LAYOUTS, contents, described, heads_beside, layouts, own_layer, own_tensors, save
+from mha.convert.config import config_beside
+from mha.convert.containers import contents
+from mha.convert.files import LAYOUTS, check_target, described, layouts, own_layer, own_tensors, save
 from mha.convert.reading import under
 from mha.convert.systems import FROM, TO, family
 from mha.optional import progress
@@ -30,9 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--from", dest="source_format", choices=list(FROM), help="their format now, if names leave doubt"
     )
     parser.add_argument("--prefix", default="", help="only layers whose names begin so")
-    parser.add_argument("--heads", type=int, help="query heads; else what config.json beside the source says")
-    parser.add_argument("--kv-heads", type=int, help="key heads of grouped layers; likewise")
+    parser.add_argument("--heads", type=count, help="query heads; else what config.json beside the source says")
+    parser.add_argument("--kv-heads", type=count, help="key heads of grouped layers; likewise")
     parser.add_argument("--dry-run", action="store_true", help="only print which tensor becomes which")
+
+
+def count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise ValueError
+    return count
 
 
 def run(options: argparse.Namespace) -> int:
@@ -45,29 +55,36 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    heads, kv_heads = heads_beside(options.source)
-    heads, kv_heads = options.heads or heads, options.kv_heads or kv_heads
+    check_target(options.target)
+    config = config_beside(options.source)
+    heads = options.heads or config.num_heads
+    kv_heads = options.kv_heads or (None if options.heads else config.num_kv_heads)
     with contents(options.source) as found:
         packed = layouts(found)
         formats = find_layers(found.tensors)
+        if options.source_format is not None:
+            formats = {prefix: names for prefix, names in formats.items() if options.source_format in names}
         layers = [prefix for prefix in [*formats, *packed] if prefix.startswith(options.prefix)]
         tensors: dict[str, Array] = found.arrays()
         metadata = {name: text for name, text in found.metadata.items() if name != LAYOUTS}
     if not layers:
-        raise ValueError(f"{options.source} has no attention layer of a known format under {options.prefix!r}.")
+        of = "a known format" if options.source_format is None else options.source_format
+        raise ValueError(f"{options.source} has no attention layer of {of} under {options.prefix!r}.")
     written = {prefix: layout for prefix, layout in packed.items() if prefix not in layers}
+    read = partial(auto, model_type=config.model_type) if options.source_format is None else FROM[options.source_format]
+    kept = len(tensors)
     for prefix in progress(layers, "converting"):
         if prefix in packed:
             parameters = own_layer(options.source, under(tensors, prefix), packed[prefix])
             names = list(own_tensors(parameters))
         else:
-            if options.source_format is None:
-                parameters, possible = auto(tensors, heads, prefix, num_kv_heads=kv_heads), formats[prefix]
-            else:
-                read, possible = FROM[options.source_format], [options.source_format]
-                parameters = read(tensors, heads, prefix, num_kv_heads=kv_heads)
-            own = [tensor.name for name in possible for one in family(name) for tensor in one.tensors]
+            try:
+                parameters = config.applied(read(tensors, heads, prefix, num_kv_heads=kv_heads))
+            except (ValueError, TypeError) as error:
+                raise type(error)(f"layer {prefix!r}: {error} --from and --prefix choose layers.") from error
+            own = [tensor.name for name in formats[prefix] for one in family(name) for tensor in one.tensors]
             names = [name for name in dict.fromkeys([*own, "bias_k", "bias_v"]) if prefix + name in tensors]
+        kept -= len(names)
         if options.to == PACKED:
             made = {prefix + name: x for name, x in own_tensors(parameters).items()}
             written[prefix] = described(parameters)
@@ -80,7 +97,6 @@ def _run(options: argparse.Namespace) -> int:
         tensors |= made
         if options.dry_run:
             _show(prefix, before, {name.removeprefix(prefix): x for name, x in made.items()})
-    kept = len(tensors) - sum(name.startswith(tuple(layers)) for name in tensors)
     if options.dry_run:
         print(f"{len(layers)} layers, {kept} other tensors unchanged; nothing is written")
         return 0

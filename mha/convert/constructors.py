@@ -55,6 +55,7 @@ class FromFormats:
     from_timm = _constructor("timm")
     from_gpt2 = _constructor("gpt2")
     from_llama = _constructor("llama")
+    from_gpt_neo = _constructor("gpt_neo")
     from_gpt_neox = _constructor("gpt_neox")
     from_bloom = _constructor("bloom")
     from_megatron = _constructor("megatron")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -52,16 +53,26 @@ def under(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def matching(formats: Sequence[Format], state: Mapping[str, Any], prefix: str = "") -> list[Format]:
-    """Those whose weights are all there under the prefix, with as many axes as they have."""
+    """Those of which all that a layer always has is there under the prefix, with as many axes."""
 
     def matches(one: Format) -> bool:
-        return all(_axes(state.get(prefix + x.name)) == x.axes.ndim for x in one.weights)
+        return all(x.axes.fit(_shape(state.get(prefix + x.name))) for x in one.tensors if x.required) and not any(
+            prefix + name in state for name in one.never
+        )
 
     return [one for one in formats if matches(one)]
 
 
-def _axes(x: Any) -> int:
-    return len(getattr(x, "shape", ()))
+def of_type(formats: Sequence[Format], model_type: str | None) -> list[Format]:
+    """Those that a model of this type in Hugging Face's sense can be in; None is any type."""
+    if model_type is None:
+        return list(formats)
+    named = [one for one in formats if one.model_types is not None and model_type in one.model_types]
+    return named or [one for one in formats if one.model_types is None] or list(formats)
+
+
+def _shape(x: Any) -> tuple[int, ...]:
+    return tuple(getattr(x, "shape", ()))
 
 
 def chosen(formats: Sequence[Format], state: Mapping[str, Any]) -> Format:
@@ -119,13 +130,13 @@ def _arrays(
             f"{one.title}, prefix {prefix!r}: missing {missing}, not understood {some(unknown)}, "
             f"present {some(sorted(found))}. {hint}"
         )
-    arrays = {name: as_array(found[name]) for name in found if name in optional}
+    arrays = {name: _native(as_array(found[name])) for name in found if name in optional}
     array_module(*arrays.values())
     if len({array.dtype for array in arrays.values()}) > 1:
         listed = ", ".join(f"{name} {array.dtype}" for name, array in arrays.items())
         raise TypeError(f"the tensors under prefix {prefix!r} differ in dtype: {listed}. Convert them to one dtype.")
     for tensor in one.tensors:
-        if tensor.name in arrays and arrays[tensor.name].ndim != tensor.axes.ndim:
+        if tensor.name in arrays and not tensor.axes.fit(arrays[tensor.name].shape):
             raise ValueError(
                 f"{tensor.name} has shape {arrays[tensor.name].shape}, not the axes {tensor.axes.axes} of {one.title}. "
                 "Is it another format's?"
@@ -136,24 +147,37 @@ def _arrays(
 def _heads(one: Format, arrays: dict[str, Array], num_heads: int | None, num_kv_heads: int | None) -> Heads:
     said: dict[str, int] = {}
     for word, given in (("query", num_heads), ("key", num_kv_heads)):
-        counts = {} if given is None else {f"num_{'kv_' * (word == 'key')}heads": given}
-        for tensor in one.weights:
-            if tensor.axes.says_heads is not None and any((x in "qo") == (word == "query") for x in tensor.holds):
+        counts = {} if given is None else {f"num_{'kv_' * (word == 'key')}heads": _whole(given)}
+        for tensor in one.tensors:
+            if tensor.name not in arrays or tensor.axes.says_heads is None:
+                continue
+            if any((x in "qo") == (word == "query") for x in tensor.holds):
                 counts[f"{tensor.name} {arrays[tensor.name].shape}"] = tensor.axes.says_heads(arrays[tensor.name].shape)
         if len(set(counts.values())) > 1:
             listed = ", ".join(f"{name} {count}" for name, count in counts.items())
             raise ValueError(f"the {word} heads are not one number: {listed}. Give none, and check the tensors.")
         if counts:
             said[word] = next(iter(counts.values()))
-    query = said.get("query", num_heads)
-    if query is None:
+    if "query" not in said:
         raise ValueError(f"{one.title} does not say how many heads there are. Give num_heads.")
-    key = said.get("key", query if num_kv_heads is None else num_kv_heads)
+    query = said["query"]
+    key = said.get("key", one.kv_heads or query)
     if min(query, key) < 1 or query % key:
         raise ValueError(f"{query} query heads and {key} key heads do not go together. Key heads divide query heads.")
     if key != query and not one.order.grouped:
         raise ValueError(f"{one.title} has {one.order.words}, so to {query} query heads {query} key heads, not {key}.")
     return Heads(query, key)
+
+
+def _native(x: Array) -> Array:
+    return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
+
+
+def _whole(given: Any) -> int:
+    try:
+        return operator.index(given)
+    except TypeError:
+        raise TypeError(f"a number of heads is {given!r}, a {type(given).__name__}. Give an int.") from None
 
 
 def _weights(one: Format, tensor: Tensor, x: Array, heads: Heads) -> dict[str, Projection]:

@@ -50,9 +50,13 @@ def reader(name: str) -> Reader:
     return read_one
 
 
+#: Formats of a family that are written only by their own name: another object's, or another argument's of it.
+_ON_REQUEST = ("paddle_flat", "paddle_nn")
+
+
 def writer(name: str) -> Writer:
     """``to_<name>``."""
-    formats = family(name)
+    formats = [FORMATS[name]] if name in _ON_REQUEST else [one for one in family(name) if one.name not in _ON_REQUEST]
 
     def write_one(parameters: PackedParameters, prefix: str = "") -> dict[str, Array]:
         layer = Layer.unpacked(parameters)
@@ -118,7 +122,7 @@ _WRITER = """Write packed parameters as one attention layer of {title}; undoes i
     Warns
     -----
     UserWarning
-        If the format always has biases and the layer has not: then they are zeros.
+        If the format always has biases, or all of them as soon as one, and the layer has not: then they are zeros.
     """
 
 
@@ -141,4 +145,4 @@ def _listed(formats: list[Format]) -> str:
 
 #: By the name in ``from_<name>`` and ``to_<name>``.
 FROM: dict[str, Reader] = {name: reader(name) for name in dict.fromkeys(READ_BY.values())}
-TO: dict[str, Writer] = {name: writer(name) for name in (*FROM, "paddle_flat")}
+TO: dict[str, Writer] = {name: writer(name) for name in (*FROM, *_ON_REQUEST)}

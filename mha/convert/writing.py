@@ -15,6 +15,9 @@ from mha.optional import array_module
 
 Array = NDArray[Any]
 
+#: By whether the format has all biases as soon as it has one.
+_WHY = {True: "has all biases or none", False: "always has biases"}
+
 
 def reasons_against(one: Format, layer: Layer) -> list[str]:
     """Why the format cannot say the layer: each property that it has no place for."""
@@ -80,19 +83,20 @@ def write(one: Format, layer: Layer, prefix: str) -> dict[str, Array]:
             "weight or a zero bias in its place; the rest has no equivalent."
         )
     state: dict[str, Array] = {}
+    all_biases = one.all_biases and any(projection.bias is not None for projection in layer.projections.values())
     appended = {"bias_k": layer.bias_k, "bias_v": layer.bias_v}
     filled: list[str] = []
     for tensor in one.tensors:
         if tensor.holds == "o":
             state |= {name: x for name, x in appended.items() if x is not None and name not in state}
         absent = [letter for letter in tensor.holds if tensor.is_bias and layer.projections[letter].bias is None]
-        if len(absent) == len(tensor.holds) and not tensor.required:
+        if len(absent) == len(tensor.holds) and not (tensor.required or all_biases):
             continue
         filled += absent
         state[tensor.name] = _laid_out(one, tensor, layer)
     if filled:
         words = ", ".join(WORDS[letter] for letter in filled)
-        warnings.warn(f"{one.title} always has biases: zeros stand for those of {words}.", stacklevel=3)
+        warnings.warn(f"{one.title} {_WHY[all_biases]}: zeros stand for those of {words}.", stacklevel=3)
     return {prefix + name: x for name, x in state.items()}
 
 

@@ -15,9 +15,15 @@ Array = NDArray[Any]
 State = dict[str, Array]
 
 #: Formats with grouped heads, with biases that are always or never there, and those that are alike in a pair's round.
-GROUPED = {"keras", "flax", "llama", "hf_bart", "megatron", "falcon", "falcon_mqa", "phi3"}
-ALWAYS_BIASED = {"gpt2", "onnx"}
+GROUPED = {"keras", "flax", "llama", "hf_bart", "megatron", "megatron_v2", "falcon", "falcon_mqa", "phi3"}
+ALWAYS_BIASED = {"gpt2", "onnx", "hf_bert", "bloom"}
 NEVER_BIASED = {"phi3", "t5"}
+#: Only the output has a bias, or it always has one.
+ONLY_OUTPUT_BIASED = {"gpt_neo"}
+OUTPUT_BIASED = {"gpt_neo", "hf_vit"}
+#: All biases or none.
+TOGETHER_BIASED = {"torch", "ivy", "keras", "flax", "paddle_nn"}
+UNSCALED = {"t5", "gpt_neo"}
 NO_OUTPUT = {"onnx"}
 
 
@@ -45,8 +51,12 @@ def random_layer(
 def for_format(name: str, seed: int = 0, bias: bool = True, **options: Any) -> PackedParameters:
     """A layer that the format can hold."""
     bias = (bias or name in ALWAYS_BIASED) and name not in NEVER_BIASED
-    if name == "t5":
+    if name in UNSCALED:
         options["scale"] = 1.0
+    if name in ONLY_OUTPUT_BIASED:
+        bias, options = False, options | {"obias": True}
+    elif name in OUTPUT_BIASED:
+        options |= {"obias": True}
     return random_layer(seed, bias=bias, output=name not in NO_OUTPUT, **options)
 
 
@@ -60,10 +70,10 @@ def _torch(x: Array, s: State, h: int) -> tuple[Array, ...]:
     return tuple(_heads(part, h) for part in np.split(y, 3, axis=1))
 
 
-def _named(q: str, k: str, v: str) -> Callable[..., Any]:
+def _named(q: str, k: str, v: str, by: str = "le,fe->lf") -> Callable[..., Any]:
     def project(x: Array, s: State, h: int) -> tuple[Array, ...]:
-        made = (np.einsum("le,fe->lf", x, s[f"{name}.weight"]) + s.get(f"{name}.bias", 0) for name in (q, k, v))
-        width = len(s[f"{q}.weight"]) // h
+        made = [np.einsum(by, x, s[f"{name}.weight"]) + s.get(f"{name}.bias", 0) for name in (q, k, v)]
+        width = made[0].shape[1] // h
         return tuple(y.reshape(len(x), -1, width).transpose(1, 0, 2) for y in made)
 
     return project
@@ -125,13 +135,15 @@ PROJECTIONS: dict[str, Callable[..., Any]] = {
     "hf_bert": _named("self.query", "self.key", "self.value"),
     "hf_vit": _named("attention.query", "attention.key", "attention.value"),
     "hf_bart": _named("q_proj", "k_proj", "v_proj"),
+    "gpt_neo": _named("q_proj", "k_proj", "v_proj"),
+    "paddle_nn": _named("q_proj", "k_proj", "v_proj", by="le,ef->lf"),
     "timm": _fused("qkv.", "chd"),
     "gpt2": _fused("c_attn.", "chd", "le,ef->lf"),
     "llama": _named("q_proj", "k_proj", "v_proj"),
     "gpt_neox": _fused("query_key_value.", "hcd"),
     "bloom": _fused("query_key_value.", "hcd"),
     "megatron": _grouped("linear_qkv."),
-    "megatron_v2": _fused("query_key_value.", "hcd"),
+    "megatron_v2": _grouped("query_key_value."),
     "megatron_v1": _fused("query_key_value.", "hdc"),
     "megatron_v0": _fused("query_key_value.", "chd"),
     "falcon": _grouped("query_key_value."),
@@ -147,7 +159,8 @@ OUTPUTS: dict[str, tuple[str, str, bool]] = {
     "keras": ("attention_output/kernel", "attention_output/bias", True), "flax": ("out/kernel", "out/bias", True),
     "hf_bert": ("output.dense.weight", "output.dense.bias", False),
     "hf_vit": ("output.dense.weight", "output.dense.bias", False),
-    "hf_bart": ("out_proj.weight", "out_proj.bias", False), "timm": ("proj.weight", "proj.bias", False),
+    "hf_bart": ("out_proj.weight", "out_proj.bias", False), "gpt_neo": ("out_proj.weight", "out_proj.bias", False),
+    "paddle_nn": ("out_proj.weight", "out_proj.bias", True), "timm": ("proj.weight", "proj.bias", False),
     "gpt2": ("c_proj.weight", "c_proj.bias", True), "llama": ("o_proj.weight", "o_proj.bias", False),
     "megatron": ("linear_proj.weight", "linear_proj.bias", False), "phi3": ("o_proj.weight", "", False),
     "t5": ("o.weight", "", False),
@@ -158,10 +171,10 @@ _DENSE = ("dense.weight", "dense.bias", False)
 def answer(name: str, state: State, x: Array, heads: int, kv_heads: int) -> Array:
     """The layer's output for x (L, E), from the raw tensors in float64."""
     state = {key: y.astype(np.float64) for key, y in state.items()}
-    grouped = name in ("megatron", "falcon", "falcon_mqa", "phi3")
+    grouped = name in ("megatron", "megatron_v2", "falcon", "falcon_mqa", "phi3")
     q, k, v = PROJECTIONS[name](x, state, heads, *((kv_heads,) if grouped else ()))
     k, v = (np.repeat(y, heads // len(y), axis=0) for y in (k, v))
-    scores = np.einsum("hld,hsd->hls", q, k) * (1.0 if name == "t5" else q.shape[-1] ** -0.5)
+    scores = np.einsum("hld,hsd->hls", q, k) * (1.0 if name in UNSCALED else q.shape[-1] ** -0.5)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     context = np.einsum("hls,hsd->lhd", weights / weights.sum(-1, keepdims=True), v).reshape(len(x), -1)
     if name in NO_OUTPUT:

@@ -14,7 +14,9 @@ from .layers import answer, for_format
 from .test_formats import same
 
 FUSED = ("gpt_neox", "bloom", "megatron_v2", "megatron_v1", "megatron_v0", "falcon", "falcon_mqa")
-KNOWN = sorted(set(FROM) - set(FUSED))
+#: q_proj, k_proj, v_proj and out_proj: Hugging Face's, and GPT-Neo's and Paddle's too.
+ALIKE = ("hf_bart", "gpt_neo", "paddle")
+KNOWN = sorted(set(FROM) - set(FUSED) - set(ALIKE) | {"paddle"})
 
 
 def probe_of(name: str, parameters: PackedParameters, seed: int = 0) -> Probe:
@@ -38,6 +40,31 @@ def test_names_that_several_formats_have(name: str) -> None:
     with pytest.raises(ValueError, match=r"are those of gpt_neox, bloom, .* Call from_gpt_neox or"):
         auto(state, 4)
     assert same(auto(state, 4, verify=probe_of(name, parameters)), parameters)
+
+
+@pytest.mark.parametrize("name", ["hf_bart", "gpt_neo", "paddle_nn"])
+def test_names_that_more_than_one_system_has(name: str) -> None:
+    parameters = for_format(name)
+    state, only_output = TO[name](parameters), name == "gpt_neo"
+    possible = ["hf_bart", "paddle"] if not only_output else ["hf_bart", "gpt_neo", "paddle"]
+    assert sorted(find_layers(state)[""]) == sorted(possible)
+    with pytest.raises(ValueError, match=r"are those of .*hf_bart.* Call .*or give model_type or verify"):
+        auto(state, 4)
+    x = np.random.default_rng(0).standard_normal((5, 12)).astype("f4")
+    probe = Probe(x, answer(name, state, x.astype("f8"), 4, 4))
+    assert same(auto(state, 4, verify=probe), parameters)
+    if name != "paddle_nn":
+        assert same(auto(state, 4, model_type="gpt_neo" if only_output else "whisper"), parameters)
+    assert same(FROM["paddle" if name == "paddle_nn" else name](state, 4), parameters)
+
+
+@pytest.mark.parametrize(("model_type", "name"), [("gpt_neox", "gpt_neox"), ("bloom", "bloom"), ("falcon", "falcon"),
+                                                  ("falcon_mqa", "falcon_mqa"), ("falcon_rw", "gpt_neox")])  # fmt: skip
+def test_the_type_of_a_model_decides(model_type: str, name: str) -> None:
+    parameters = for_format(name)
+    assert same(auto(TO[name](parameters), 4, model_type=model_type, num_kv_heads=4), parameters)
+    with pytest.raises(ValueError, match="are those of gpt_neox"):
+        auto(TO[name](parameters), 4, model_type="another")
 
 
 def test_a_state_that_reads_alike_in_all_formats() -> None:

@@ -13,14 +13,27 @@ from mha import convert
 from mha.convert import FROM, TO, PackedParameters
 from mha.optional import bfloat16
 
-from .layers import ALWAYS_BIASED, GROUPED, NEVER_BIASED, NO_OUTPUT, PROJECTIONS, answer, for_format, random_layer
+from .layers import (
+    ALWAYS_BIASED,
+    GROUPED,
+    NEVER_BIASED,
+    NO_OUTPUT,
+    ONLY_OUTPUT_BIASED,
+    OUTPUT_BIASED,
+    PROJECTIONS,
+    TOGETHER_BIASED,
+    UNSCALED,
+    answer,
+    for_format,
+    random_layer,
+)
 
 WRITTEN = list(TO)
 DTYPES = ["float16", "float32", "float64"] + ([] if bfloat16 is None else [bfloat16])
 
 
 def read(name: str, state: dict[str, Any], parameters: PackedParameters, **options: Any) -> PackedParameters:
-    reader = FROM["paddle" if name == "paddle_flat" else name]
+    reader = FROM["paddle" if name.startswith("paddle") else name]
     return reader(state, parameters.layout.num_heads, num_kv_heads=parameters.layout.num_kv_heads, **options)
 
 
@@ -37,7 +50,7 @@ def quietly(name: str, parameters: PackedParameters, **options: Any) -> dict[str
 
 def test_the_formulas_cover_every_format() -> None:
     assert set(PROJECTIONS) == set(TO)
-    assert set(FROM) == set(TO) - {"paddle_flat"}
+    assert set(FROM) == set(TO) - {"paddle_flat", "paddle_nn"}
     for name in TO:
         assert getattr(convert, f"to_{name}") is TO[name]
     for name in FROM:
@@ -77,6 +90,15 @@ def test_round_trip_is_exact(name: str, bias: bool, dtype: Any) -> None:
         assert not any(np.shares_memory(x, made[0]) for x in before.values()), "reading copies"
 
 
+def biases_of(target: str, biased: set[str]) -> tuple[set[str], set[str]]:
+    """Which projections of a format may have a bias, and which must in a layer that has these."""
+    possible = set("" if target in NEVER_BIASED else "o" if target in ONLY_OUTPUT_BIASED else "qkvo")
+    possible -= set("o" if target in NO_OUTPUT else "")
+    if target in ALWAYS_BIASED or (target in TOGETHER_BIASED and biased):
+        return possible, possible
+    return possible, set("o" if target in OUTPUT_BIASED else "")
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("target", WRITTEN)
 @pytest.mark.parametrize("source", WRITTEN)
@@ -85,11 +107,12 @@ def test_all_ordered_pairs(source: str, target: str, bias: bool) -> None:
     original = for_format(source, bias=bias)
     packed = read(source, quietly(source, original), original)
     assert same(packed, original)
-    has_bias, has_output = packed.layout.qbias, packed.layout.oproj_size > 0
+    biased = {x for x in "qkvo" if getattr(packed.layout, f"{x}bias")}
+    possible, needed = biases_of(target, biased)
     lacking = [
-        ("biases have no place", has_bias and target in NEVER_BIASED),
-        ("no output projection", has_output != (target not in NO_OUTPUT)),
-        ("the scale is", (source == "t5") != (target == "t5")),
+        ("biases have no place", not biased <= possible),
+        ("no output projection", (packed.layout.oproj_size > 0) != (target not in NO_OUTPUT)),
+        ("the scale is", (source in UNSCALED) != (target in UNSCALED)),
     ]
     reasons = [reason for reason, applies in lacking if applies]
     if reasons:
@@ -97,7 +120,7 @@ def test_all_ordered_pairs(source: str, target: str, bias: bool) -> None:
             TO[target](packed)
         assert all(reason in str(error.value) for reason in reasons)
         return
-    if target in ALWAYS_BIASED and not has_bias:
+    if not needed <= biased:
         with pytest.warns(UserWarning, match="zeros stand for"):
             state = TO[target](packed)
         made = read(target, state, packed)
@@ -116,15 +139,20 @@ def test_grouped_heads_have_no_place(name: str) -> None:
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_other_properties_that_have_no_place(name: str) -> None:
-    one_bias = random_layer(bias=False, output=name not in NO_OUTPUT, scale=1.0 if name == "t5" else None, kbias=True)
-    separate = {"keras", "flax", "hf_bert", "hf_vit", "hf_bart", "llama"}
-    if name in separate:
+    scale = 1.0 if name in UNSCALED else None
+    one_bias = random_layer(bias=False, output=name not in NO_OUTPUT, scale=scale, kbias=True)
+    separate = {"keras", "flax", "hf_bert", "hf_vit", "hf_bart", "llama", "paddle_nn"}
+    if name in ("hf_bart", "llama"):
         assert same(read(name, TO[name](one_bias), one_bias), one_bias)
-    elif name in ALWAYS_BIASED:
+    elif name in ALWAYS_BIASED | (TOGETHER_BIASED & separate):
         with pytest.warns(UserWarning, match="query, value"):
             TO[name](one_bias)
+    elif name in OUTPUT_BIASED & separate:
+        with pytest.warns(UserWarning, match="always has biases: zeros stand for those of output"):
+            TO[name](one_bias)
     else:
-        reason = "biases have no place" if name in NEVER_BIASED else "only some have a bias .*qbias False, kbias True"
+        nowhere = NEVER_BIASED | ONLY_OUTPUT_BIASED
+        reason = "biases have no place" if name in nowhere else "only some have a bias .*qbias False, kbias True"
         with pytest.raises(ValueError, match=reason):
             TO[name](one_bias)
     appended = for_format(name)
@@ -137,9 +165,8 @@ def test_other_properties_that_have_no_place(name: str) -> None:
     scaled = for_format(name)._replace(scale=0.25)
     with pytest.raises(ValueError, match=r"the scale is 0.25"):
         quietly(name, scaled)
-    widths = random_layer(output=name not in NO_OUTPUT, bias=name not in NEVER_BIASED, kdim=5,
-                          scale=1.0 if name == "t5" else None)  # fmt: skip
-    if name in separate | {"torch", "ivy", "t5"}:
+    widths = for_format(name, kdim=5)
+    if name in separate | {"torch", "ivy", "t5", "gpt_neo"}:
         assert same(read(name, TO[name](widths), widths), widths)
     else:
         with pytest.raises(ValueError, match="kdim 5 is not embed_dim 12"):
@@ -160,9 +187,20 @@ def test_heads_wider_than_the_model(name: str) -> None:
         np.testing.assert_allclose(layer(x, x, x)[0][i], expected, atol=3e-6 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("name", ["torch", "ivy"])
+def test_modules_that_have_all_biases_or_none(name: str) -> None:
+    """Such a module could not load a state with some of them."""
+    parameters = random_layer(obias=False)
+    with pytest.warns(UserWarning, match="has all biases or none: zeros stand for those of output"):
+        state = TO[name](parameters)
+    bias = "out_proj.bias" if name == "torch" else "out_proj_bias"
+    assert (state.pop(bias) == np.zeros(12, "f4")).all()
+    assert same(read(name, state, parameters), parameters)
+
+
 def test_views_where_axes_allow() -> None:
     parameters = random_layer()
-    for name in ("llama", "keras", "hf_bert"):
+    for name in ("llama", "keras", "hf_bert", "paddle_nn"):
         assert all(np.shares_memory(x, parameters[0]) for x in TO[name](parameters).values())
     shared = {key for key, x in convert.to_torch(parameters).items() if np.shares_memory(x, parameters[0])}
     assert shared == {"out_proj.weight", "out_proj.bias"}
@@ -188,6 +226,10 @@ def test_views_where_axes_allow() -> None:
             r"query heads are not one number: num_heads 4, query/kernel \(12, 3, 4\) 3",
         ),
         ("t5", {"o.weight": None}, r"missing \['o.weight'\]"),
+        ("paddle", {"qkv_weight": np.ones((4, 4, 3, 12), "f4")}, r"not the axes \(3, heads, width, in\)"),
+        ("paddle", {"qkv_bias": np.ones((3, 6, 2), "f4")}, r"qkv_bias \(3, 6, 2\) 6"),
+        ("keras", {"key/bias": np.ones((3, 4), "f4")}, r"key heads are not one number: .*key/bias \(3, 4\) 3"),
+        ("llama", {"q_layernorm.weight": np.ones(12, "f4")}, r"not understood \['q_layernorm.weight'\]"),
     ],
 )
 def test_states_that_do_not_fit(name: str, change: dict[str, Any], message: str) -> None:
@@ -205,6 +247,22 @@ def test_heads_that_are_not_said() -> None:
         convert.from_bloom(convert.to_bloom(for_format("bloom")), 4, num_kv_heads=2)
 
 
+def test_heads_that_are_no_number() -> None:
+    state = convert.to_llama(for_format("llama"))
+    for given in ("4", 4.0, np.ones(1)):
+        with pytest.raises(TypeError, match=r"a number of heads is .* Give an int"):
+            convert.from_llama(state, given)  # type: ignore[arg-type]
+    assert same(convert.from_llama(state, np.int64(4)), for_format("llama"))  # type: ignore[arg-type]
+    mqa = for_format("falcon_mqa", kv_heads=1)
+    assert same(convert.from_falcon_mqa(convert.to_falcon_mqa(mqa), 4), mqa), "it has one key head"
+
+
+def test_big_endian_tensors() -> None:
+    parameters = for_format("llama")
+    state = {name: x.astype(">f4") for name, x in convert.to_llama(parameters).items()}
+    assert same(convert.from_llama(state, 4), parameters)
+
+
 def test_nested_mappings() -> None:
     state = convert.to_flax(for_format("flax"))
     nested: dict[str, Any] = {"params": {"block": {}}}
@@ -218,6 +276,11 @@ def test_what_lies_beside() -> None:
     parameters = for_format("gpt2")
     state = convert.to_gpt2(parameters) | {"bias": np.ones((1, 1, 9, 9), bool), "masked_bias": np.float32(-1e4)}
     assert same(convert.from_gpt2(state, 4), parameters)
+    rotary = {f"rotary_emb.{x}": np.ones((9, 3), "f4") for x in ("inv_freq", "cos_cached", "sin_cached")}
+    parameters = for_format("llama")
+    assert same(convert.from_llama(convert.to_llama(parameters) | rotary, 4), parameters)
+    parameters = for_format("flax")
+    assert same(convert.from_flax(convert.to_flax(parameters) | {"rngs/dropout/count": np.uint32(1)}, 4), parameters)
     parameters = for_format("t5")
     state = convert.to_t5(parameters) | {"relative_attention_bias.weight": np.ones((32, 4), "f4")}
     assert same(convert.from_t5(state, 4), parameters)

@@ -160,6 +160,20 @@ def test_gpt_neox() -> None:
     assert_writes_back("gpt_neox", parameters, module.state_dict())
 
 
+def test_gpt_neo() -> None:
+    """Scores without a scale; only the output has a bias."""
+    options = {"hidden_size": E, "num_heads": H, "num_layers": 1, "attention_types": [[["global"], 1]],
+               "max_position_embeddings": 16}  # fmt: skip
+    library("torch")
+    library("transformers")
+    module = importlib.import_module("transformers.models.gpt_neo.modeling_gpt_neo")
+    configuration = importlib.import_module("transformers.models.gpt_neo.configuration_gpt_neo")
+    layer = randomised(module.GPTNeoSelfAttention(configuration.GPTNeoConfig(**options), "global", 0))
+    parameters = FROM["gpt_neo"](layer.state_dict(), H)
+    assert_same_answer(answers(parameters, is_causal=True), called(layer))
+    assert_writes_back("gpt_neo", parameters, layer.state_dict())
+
+
 def test_bloom() -> None:
     torch = library("torch")
     options = {"hidden_size": E, "n_head": H, "hidden_dropout": 0.0, "attention_dropout": 0.0}
@@ -173,10 +187,10 @@ def test_bloom() -> None:
 @pytest.mark.parametrize(
     ("name", "kv_heads", "options"),
     [("falcon_mqa", 1, {"multi_query": True}), ("falcon", 2, {"new_decoder_architecture": True, "num_kv_heads": 2}),
-     ("bloom", H, {"multi_query": False})],
+     ("gpt_neox", H, {"multi_query": False})],
 )  # fmt: skip
 def test_falcon(name: str, kv_heads: int, options: dict[str, Any]) -> None:
-    """Three layouts under the same names; the third is BLOOM's."""
+    """Three layouts under the same names; the third is GPT-NeoX's."""
     torch = library("torch")
     given = {"hidden_size": E, "num_attention_heads": H, "alibi": False} | options
     module = of_transformers("falcon", "FalconConfig", "FalconAttention", given, layer_idx=0)
@@ -354,9 +368,9 @@ def test_onnx_contrib() -> None:
 
 CHECKED: dict[str, Callable[..., None]] = {
     "torch": test_torch, "hf_bert": test_bert, "gpt2": test_gpt2, "llama": test_llama, "phi3": test_phi3,
-    "gpt_neox": test_gpt_neox, "bloom": test_bloom, "falcon": test_falcon, "falcon_mqa": test_falcon, "t5": test_t5,
-    "hf_bart": test_bart, "timm": test_timm, "hf_vit": test_vit_on_disk, "keras": test_keras, "flax": test_flax,
-    "onnx": test_onnx_contrib,
+    "gpt_neo": test_gpt_neo, "gpt_neox": test_gpt_neox, "bloom": test_bloom, "falcon": test_falcon,
+    "falcon_mqa": test_falcon, "t5": test_t5, "hf_bart": test_bart, "timm": test_timm, "hf_vit": test_vit_on_disk,
+    "keras": test_keras, "flax": test_flax, "onnx": test_onnx_contrib,
 }  # fmt: skip
 #: Those whose library has no CPU package to install; their formulas are in layers.py.
 NOT_INSTALLABLE = {"paddle", "ivy", "megatron", "megatron_v0", "megatron_v1", "megatron_v2"}
