@@ -110,8 +110,8 @@ def save(
     ----------
     path : path
     tensors : mapping of str to array, or PackedParameters
-        NumPy arrays or PyTorch tensors. Of a packed layer ``io_weight_bias``, ``bias_k`` and ``bias_v`` are written, and
-        its layout into the metadata, from where `load` reads it.
+        NumPy arrays or PyTorch tensors. Of a packed layer: ``io_weight_bias``, ``bias_k`` and ``bias_v``, with its
+        layout in the metadata, from where `load` reads it.
     prefix : str
         Put before every name.
     metadata : mapping of str to str, optional
