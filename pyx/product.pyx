@@ -172,13 +172,27 @@ cdef const uint16_t* left_pairs(const ProductParams* p, ProductScratch* scratch,
     return out
 
 
+cdef real* out_block(const ProductParams* p, ProductScratch* scratch, int64_t i, int64_t rows, int64_t panel,
+                     int64_t place, Py_ssize_t* row, const real* kind) noexcept nogil:
+    """Where the sums of a panel are made: in `out` itself if it has the rows of a panel, else in scratch memory."""
+    cdef const MatrixView* x = &p.out
+    cdef int64_t width = p.vectors * lanes(kind), j = panel * width
+    if (x.storage == native_storage(kind) and x.column_inner == 1 and i // x.rows == (i + rows - 1) // x.rows
+            and j + width <= p.n and j // x.columns == (j + width - 1) // x.columns):
+        row[0] = x.row_inner
+        return <real*>x.data + matrix_row(x, i) + matrix_column(x, j)
+    row[0] = width
+    return <real*>scratch.out + place * p.row_block * width
+
+
 cdef void product_item(const ProductParams* p, ProductScratch* scratch, int64_t i, int64_t first_panel,
                        mha_schedule* schedule, int thread, const real* kind) noexcept nogil:
     """out[i : i + row_block][the item's panels]"""
     cdef int64_t width = p.vectors * lanes(kind), rows = min(p.row_block, p.m - i), k = 0, count, panel, t, columns
     cdef int64_t last = min(first_panel + p.panels, (p.n + width - 1) // width)
-    cdef Py_ssize_t row = 0, column = 0, stride, vectors
-    cdef real* out = <real*>scratch.out
+    cdef Py_ssize_t row = 0, column = 0, out_row = 0, stride, vectors
+    cdef bint in_scratch
+    cdef real* out
     cdef real* bias = <real*>scratch.bias
     cdef const real* left = NULL
     cdef const real* right
@@ -201,29 +215,30 @@ cdef void product_item(const ProductParams* p, ProductScratch* scratch, int64_t 
             else:
                 right = packed_panel(p, panel, k, kind)
                 stride = width
+            out = out_block(p, scratch, i, rows, panel, panel - first_panel, &out_row, kind)
             if real is float and p.paired:
-                pair_product(rows, vectors, (count + 1) // 2, pairs, row, column, right, stride,
-                             out + (panel - first_panel) * p.row_block * width, width, k > 0)
+                pair_product(rows, vectors, (count + 1) // 2, pairs, row, column, right, stride, out, out_row, k > 0)
             else:
-                tile_product(rows, vectors, count, left, row, column, right, stride,
-                             out + (panel - first_panel) * p.row_block * width, width, k > 0)
+                tile_product(rows, vectors, count, left, row, column, right, stride, out, out_row, k > 0)
         if p.paired:
             mha_tiles_end()
         k += count
     for panel in range(first_panel, last):
         columns = min(width, p.n - panel * width)
-        out = <real*>scratch.out + (panel - first_panel) * p.row_block * width
-        if p.k == 0:
-            memset(out, 0, rows * width * sizeof(real))
+        out = out_block(p, scratch, i, rows, panel, panel - first_panel, &out_row, kind)
+        in_scratch = out >= <real*>scratch.out and out < <real*>scratch.out + p.panels * p.row_block * width
         if p.bias != NULL and not p.bias_by_rows:
             load_vector(<int>p.right.storage, p.bias, panel * width, 1, columns, bias, 1)
         for t in range(rows):
+            if p.k == 0:
+                memset(out + t * out_row, 0, columns * sizeof(real))
             if p.bias != NULL:
                 if p.bias_by_rows:
                     load_vector(<int>p.right.storage, p.bias, i + t, 0, columns, bias, 1)
                 for k in range(columns):
-                    out[t * width + k] += bias[k]
-            store_row(&p.out, i + t, panel * width, columns, out + t * width)
+                    out[t * out_row + k] += bias[k]
+            if in_scratch:
+                store_row(&p.out, i + t, panel * width, columns, out + t * out_row)
 
 
 cdef void product_worker(const ProductParams* p, mha_schedule* packing, mha_schedule* schedule, int thread,
