@@ -9,8 +9,9 @@ from libc.math cimport INFINITY
 from libc.stdint cimport int64_t
 from libc.string cimport memset
 from params cimport AttentionParams, TensorView, checked_params
-from tile cimport (real, lanes, tile_dots, fetch_rows, tile_product, tile_product_hiding, softmax_absorb_row, multiply,
-                   all_finite, exp_one, load_vector, store_vector, MHA_TILE_VECTORS)
+from tile cimport (real, lanes, tile_dots, reads_whole_rows, row_product, fetch_rows, tile_product,
+                   tile_product_hiding, softmax_absorb_row, multiply, all_finite, exp_one, load_vector, store_vector,
+                   MHA_TILE_VECTORS)
 from key_panel cimport (KeyPanel, carve_key_panel, key_panels, fill_key_panel, any_visible, mask_query_scores,
                         query_drop_factors)
 from mask cimport key_exists
@@ -80,6 +81,9 @@ cdef void add_values(Py_ssize_t rows, Py_ssize_t count, Py_ssize_t columns, cons
     """
     cdef Py_ssize_t tile = MHA_TILE_VECTORS * lanes(value), across = (columns + tile - 1) // tile
     cdef Py_ssize_t j = 0, done = 0, keys, fetched, parts, part, r, d, vectors
+    if not hiding and reads_whole_rows(rows, columns, value):
+        row_product(columns // lanes(value), count, weight, value, value_row, output)
+        return
     parts = (rows + ROWS - 1) // ROWS * across
     while j < count:
         keys = min(KEYS if rows > ROWS else count, count - j)

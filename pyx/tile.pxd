@@ -8,7 +8,7 @@ ctypedef fused real:
     double
 
 cdef enum:
-    MOST_LANES = 64                 # of a panel: four of the widest vectors
+    MOST_LANES = 64                 # of a panel of the tiles: four of the widest vectors
 
 cdef extern from "lanes.h" nogil:
     int MHA_VECTOR_BYTES
@@ -39,6 +39,9 @@ cdef extern from "lanes.h" nogil:
                              int b_is_probability)
     void tile_dots(Py_ssize_t count, Py_ssize_t columns, const void* key, Py_ssize_t key_row, Py_ssize_t rows,
                    const void* x, void* out, Py_ssize_t ldo, const void* ahead, Py_ssize_t ahead_row)
+    int reads_whole_rows(Py_ssize_t rows, Py_ssize_t columns, const void* kind)
+    void row_product(Py_ssize_t vectors, Py_ssize_t count, const void* weight, const void* value,
+                     Py_ssize_t value_row, void* out)
     void fetch_rows(Py_ssize_t rows, Py_ssize_t columns, const void* x, Py_ssize_t row)
     void tile_lane_dots(Py_ssize_t columns, Py_ssize_t vectors, const void* x, const void* y, void* out)
     # online_softmax.h

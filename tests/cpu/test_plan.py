@@ -30,7 +30,7 @@ def test_plans_keep_within_what_the_kernels_hold(lanes: tuple[int, int]) -> None
     for sizes, threads in itertools.product(SIZES, THREADS):
         for made in plans_of(sizes, Facts(*lanes, threads)):
             assert 1 <= made.threads <= threads, (sizes, made)
-            assert 1 <= made.vectors <= 4, (sizes, made)
+            assert 1 <= made.vectors <= (16 if made.kernel == "attention_decode" else 4), (sizes, made)
             assert 1 <= made.panels <= 4, (sizes, made)
             assert made.key_block >= 1, (sizes, made)
             assert 1 <= made.splits <= max(1, sizes.keys), (sizes, made)
