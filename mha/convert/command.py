@@ -39,10 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def count(text: str) -> int:
-    count = int(text)
-    if count < 1:
+    """A number of heads, by the name under which argparse refuses what is none."""
+    number = int(text)
+    if number < 1:
         raise ValueError
-    return count
+    return number
 
 
 def run(options: argparse.Namespace) -> int:
@@ -57,8 +58,7 @@ def run(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace) -> int:
     check_target(options.target)
     config = config_beside(options.source)
-    heads = options.heads or config.num_heads
-    kv_heads = options.kv_heads or (None if options.heads else config.num_kv_heads)
+    heads, kv_heads = config.heads(options.heads, options.kv_heads)
     with contents(options.source) as found:
         packed = layouts(found)
         formats = find_layers(found.tensors)

@@ -29,6 +29,12 @@ class Config:
     scale: float | None = None
     softcap: float | None = None
 
+    def heads(self, num_heads: int | None, num_kv_heads: int | None) -> tuple[int | None, int | None]:
+        """Query and key heads: what is given; else what is stated, of the key heads only if the query heads are too."""
+        if num_heads is not None:
+            return num_heads, num_kv_heads
+        return self.num_heads, self.num_kv_heads if num_kv_heads is None else num_kv_heads
+
     def applied(self, parameters: PackedParameters) -> PackedParameters:
         """With the stated scale; what parameters cannot hold is a warning."""
         if self.softcap is not None:

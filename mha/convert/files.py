@@ -80,16 +80,18 @@ def load(
     if prefix in packed and format in (None, "packed"):
         return verified(own_layer(path, under(arrays, prefix), packed[prefix]), verify)
     config = config_beside(path)
-    if num_heads is None:
-        num_heads, num_kv_heads = config.num_heads, num_kv_heads or config.num_kv_heads
+    num_heads, num_kv_heads = config.heads(num_heads, num_kv_heads)
+    # A stated scale comes before the probe.
+    probe = verify if format is None and config.scale is None else None
     read: Reader
     if format is None:
-        read = partial(auto, model_type=config.model_type, verify=verify if config.scale is None else None)
+        read = partial(auto, model_type=config.model_type, verify=probe)
     elif format in READ_BY:
         read = FROM[READ_BY[format]]
     else:
         raise ValueError(f"format {format!r} is none of {', '.join(READ_BY)}. Choose one, or None.")
-    return verified(config.applied(read(arrays, num_heads, prefix, num_kv_heads=num_kv_heads)), verify)
+    parameters = config.applied(read(arrays, num_heads, prefix, num_kv_heads=num_kv_heads))
+    return parameters if probe is not None else verified(parameters, verify)
 
 
 def load_tensors(path: str | os.PathLike[str], prefix: str = "") -> dict[str, Array]:
