@@ -146,11 +146,10 @@ cdef void forward_block(const AttentionParams* p, Py_ssize_t n, Py_ssize_t kv_he
         if p.paired:
             key = key_pairs(p, n, kv_head, j, count, scratch.key)
             value = value_pairs(p, n, kv_head, j, count, scratch.value_pairs, scratch.value_turned)
+            mha_tiles_begin()
         else:
             key = key_rows(p, &p.key, n, kv_head, j, count, p.head_dim, <real*>scratch.key)
             value = key_rows(p, &p.value, n, kv_head, j, count, p.v_head_dim, <real*>scratch.value)
-        if p.paired:
-            mha_tiles_begin()
         for i in range(panels):
             if j >= p.keys - p.extra or (j < scratch.panels[i].stop and j + count > scratch.panels[i].start):
                 absorb_block(p, scratch, i, j, count, key, value, kind)

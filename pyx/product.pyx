@@ -203,10 +203,9 @@ cdef void product_item(const ProductParams* p, ProductScratch* scratch, int64_t 
         count = min(p.k_block, p.k - k)
         if p.paired:
             pairs = left_pairs(p, scratch, i, rows, k, count, &row, &column)
+            mha_tiles_begin()
         else:
             left = left_block(p, scratch, i, rows, k, count, &row, &column, kind)
-        if p.paired:
-            mha_tiles_begin()
         for panel in range(first_panel, last):
             vectors = (min(width, p.n - panel * width) + lanes(kind) - 1) // lanes(kind)
             if p.right_lies == IN_PLACE:
@@ -226,7 +225,7 @@ cdef void product_item(const ProductParams* p, ProductScratch* scratch, int64_t 
     for panel in range(first_panel, last):
         columns = min(width, p.n - panel * width)
         out = out_block(p, scratch, i, rows, panel, panel - first_panel, &out_row, kind)
-        in_scratch = out >= <real*>scratch.out and out < <real*>scratch.out + p.panels * p.row_block * width
+        in_scratch = out == <real*>scratch.out + (panel - first_panel) * p.row_block * width
         if p.bias != NULL and not p.bias_by_rows:
             load_vector(<int>p.right.storage, p.bias, panel * width, 1, columns, bias, 1)
         for t in range(rows):

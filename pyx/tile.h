@@ -37,6 +37,7 @@ MHA_INLINE void MHA_NAME(tile_body)(const int rows, const int vectors, ptrdiff_t
 #pragma GCC unroll 4
         for (int j = 0; j < vectors; j++)
             right[j] = *(const VECTOR *)(b + p * ldb + j * LANES);
+        /* Of the next tile: see MHA_FETCH_AHEAD in lanes.h. */
         if (ahead && a_k == MHA_NEXT)
             __builtin_prefetch(a + (rows + (p & 7)) * a_row + (p >> 3 << 3) * MHA_NEXT);
         else if (ahead && a_row == MHA_NEXT)
