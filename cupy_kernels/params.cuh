@@ -26,9 +26,9 @@ struct AttentionParams {
     int64 head_dim;
     int64 v_head_dim;
     int64 extra;
-    double operand_scale; // 1: on the GPU every factor goes to the scores
     double score_scale;
-    double softcap; // 0: none
+    double softmax_scale; // 1: on the GPU it is score_scale that the softmax applies
+    double softcap;       // 0: none
     // arrays
     TensorView query;
     TensorView key;

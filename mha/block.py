@@ -116,8 +116,9 @@ def fill_attention(block: Block, problem: AttentionProblem) -> None:
     p = problem
     block.set(batch=p.batch, heads=p.heads, kv_heads=p.kv_heads, queries=p.queries, keys=p.keys)
     block.set(head_dim=p.head_dim, v_head_dim=p.v_head_dim, extra=p.mask.extra, softcap=p.softcap or 0.0)
-    exact = p.scale > 0 and math.frexp(p.scale)[0] == 0.5
-    block.set(operand_scale=p.scale if exact else 1.0, score_scale=1.0 if exact else p.scale)
+    # Nothing comes between scale and softmax: the softmax scales what it reads, and saves a pass over the scores.
+    at_once = p.scale > 0 and not p.softcap and p.mask.key_bias is None and p.mask.pair_bias is None
+    block.set(score_scale=1.0 if at_once else p.scale, softmax_scale=p.scale if at_once else 1.0)
     for name, x in (("query", p.query), ("key", p.key), ("value", p.value)):
         block.view(name, x, p.batch_shape)
     _fill_masks(block, p.mask, p)

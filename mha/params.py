@@ -67,7 +67,7 @@ MATRIX_FIELDS = ("data", "storage", "rows", "row_outer", "row_inner", "columns",
 ATTENTION = Table(
     [
         *("batch", "heads", "kv_heads", "queries", "keys", "head_dim", "v_head_dim", "extra"),
-        *("operand_scale", "score_scale", "softcap"),
+        *("score_scale", "softmax_scale", "softcap"),
         *_nested(
             ("query", "key", "value", "output", "grad_output", "grad_query", "grad_key", "grad_value", "grad_weights",
              "target", "pair_keep", "pair_bias"),
@@ -82,7 +82,7 @@ ATTENTION = Table(
         *("target_batch", "target_heads", "target_rows", "target_keys", "partials"),
         *("main_thread", "scratch", "scratch_bytes"),
     ],
-    doubles=frozenset({"operand_scale", "score_scale", "softcap", "keep_scale", "grad_weights_scale"}),
+    doubles=frozenset({"score_scale", "softmax_scale", "softcap", "keep_scale", "grad_weights_scale"}),
     pointers=frozenset(
         {"lse", "shift", "row_scale", "delta", "offset", "row_low", "row_high", "key_lengths", "query_lengths",
          "key_keep", "key_bias", "partials", "scratch"}

@@ -16,12 +16,12 @@ from key_panel cimport (KeyPanel, carve_key_panel, key_panels, fill_key_panel, a
                         query_drop_factors)
 from mask cimport key_exists
 from storage cimport Block, query_rows, block_finite, element
-from schedule cimport mha_schedule, schedule_start, keep_going, next_item, finished, carve
+from schedule cimport mha_schedule, schedule_start, keep_going, next_item, block_of_item, finished, carve
 
 
 cdef struct BackwardScratch:
     KeyPanel panel
-    char* key                       # [D][lanes], scaled
+    char* key                       # [D][lanes]
     char* value                     # [Dv][lanes]
     char* key_rows                  # [lanes][padded D]; fused only
     char* grad_key                  # [D][lanes]
@@ -66,22 +66,19 @@ cdef Py_ssize_t carve_backward(const AttentionParams* p, char* base, BackwardScr
 
 
 cdef void load_keys(const AttentionParams* p, const TensorView* x, BackwardScratch* scratch, Py_ssize_t columns,
-                    double factor, real* transposed, real* rows) noexcept nogil:
-    """transposed[columns][lanes] = factor * x of the panel's keys, and rows[lanes][padded columns] = x if not NULL.
+                    real* transposed, real* rows) noexcept nogil:
+    """transposed[columns][lanes] = x of the panel's keys, and rows[lanes][padded columns] = x if not NULL.
 
     Keys that the sample has not are zeros and never read.
     """
     cdef KeyPanel* panel = &scratch.panel
     cdef int64_t starts[MOST_LANES]
-    cdef int64_t t, d, stride = padded(columns, transposed)
+    cdef int64_t t, stride = padded(columns, transposed)
     for t in range(panel.count):
         starts[t] = MHA_NOWHERE
         if key_exists(p, panel.sample, panel.first + t):
             starts[t] = element(x, panel.sample, panel.kv_head, panel.first + t)
     load_transposed(<int>x.storage, x.data, starts, x.column, panel.count, columns, transposed, panel.width)
-    if factor != 1:
-        for d in range(columns * panel.width):
-            transposed[d] *= <real>factor
     if rows == NULL:
         return
     memset(rows, 0, panel.width * stride * sizeof(real))
@@ -132,7 +129,8 @@ cdef void backward_block(const AttentionParams* p, BackwardScratch* scratch, Py_
                  <const real*>scratch.key, width, probability, width, 0)
     cdef bint partial = mask_query_scores(p, panel, head, i, count, probability, <real*>scratch.spare, slope)
     for t in range(count):
-        softmax_replay_row(vectors, probability + t * width, shift[t] if shift[t] != <real>(-INFINITY) else INFINITY,
+        softmax_replay_row(vectors, probability + t * width, p.softmax_scale,
+                           shift[t] if shift[t] != <real>(-INFINITY) else INFINITY,
                            (<const real*>p.row_scale)[row + t] if p.row_scale != NULL else 1)
     tile_product(count, vectors, p.v_head_dim, <const real*>grad_output.data, grad_output.row, grad_output.column,
                  <const real*>scratch.value, width, gradient, width, 0)
@@ -181,9 +179,8 @@ cdef bint backward_panel(const AttentionParams* p, BackwardScratch* scratch, Py_
     cdef Py_ssize_t group = p.heads // p.kv_heads, g
     cdef int64_t i, count
     fill_key_panel(p, panel, n, kv_head, index, kind)
-    load_keys(p, &p.key, scratch, p.head_dim, p.operand_scale, <real*>scratch.key,
-              <real*>scratch.key_rows if p.fused else NULL)
-    load_keys(p, &p.value, scratch, p.v_head_dim, 1, <real*>scratch.value, <real*>NULL)
+    load_keys(p, &p.key, scratch, p.head_dim, <real*>scratch.key, <real*>scratch.key_rows if p.fused else NULL)
+    load_keys(p, &p.value, scratch, p.v_head_dim, <real*>scratch.value, <real*>NULL)
     panel.finite = all_finite(<const real*>scratch.key, p.head_dim, panel.width, panel.width, 1)
     memset(scratch.grad_key, 0, p.head_dim * panel.width * sizeof(real))
     memset(scratch.grad_value, 0, p.v_head_dim * panel.width * sizeof(real))
@@ -197,7 +194,7 @@ cdef bint backward_panel(const AttentionParams* p, BackwardScratch* scratch, Py_
                 backward_block(p, scratch, kv_head * group + g, i, count, kind)
             i += count
     store_keys(&p.grad_key, panel, p.head_dim, <const real*>scratch.grad_key,
-               p.operand_scale * p.score_scale)
+               p.score_scale * p.softmax_scale)
     store_keys(&p.grad_value, panel, p.v_head_dim, <const real*>scratch.grad_value, 1)
     return True
 
@@ -216,22 +213,22 @@ cdef void backward_head(const AttentionParams* p, BackwardScratch* scratch, Py_s
         for i in range(p.queries):
             store_vector(<int>x.storage, x.data, element(x, n, kv_head * group + g, i), x.column, p.head_dim,
                          <const real*>scratch.grad_query + (g * p.queries + i) * columns, 1,
-                         p.operand_scale * p.score_scale)
+                         p.score_scale * p.softmax_scale)
 
 
 cdef void backward_worker(const AttentionParams* p, int64_t panels, mha_schedule* schedule, int thread,
                           const real* kind) noexcept nogil:
     cdef BackwardScratch scratch
-    cdef int64_t item, index
+    cdef int64_t item, head, index
     carve_backward(p, p.scratch + thread * p.scratch_bytes, &scratch, kind)
     item = next_item(schedule, thread, -1)
     while item >= 0:
-        index = item // (p.batch * p.kv_heads)      # the first keys are seen most under a causal mask
-        item = item % (p.batch * p.kv_heads)
         if p.fused:
             backward_head(p, &scratch, item // p.kv_heads, item % p.kv_heads, schedule, thread, kind)
         else:
-            backward_panel(p, &scratch, item // p.kv_heads, item % p.kv_heads, index, schedule, thread, kind)
+            # the first keys are seen most under a causal mask
+            index = block_of_item(item, panels, p.batch * p.kv_heads, p.threads, &head)
+            backward_panel(p, &scratch, head // p.kv_heads, head % p.kv_heads, index, schedule, thread, kind)
         item = next_item(schedule, thread, item)
 
 

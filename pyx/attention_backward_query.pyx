@@ -10,12 +10,12 @@ from params cimport AttentionParams, checked_params
 from tile cimport (real, lanes, tile_product, tile_product_hiding, softmax_replay, softmax_gradient, softcap_gradient)
 from mask cimport Panel, carve_panel, fill_panel, next_block, mask_scores, drop_scores, load_pairs
 from storage cimport Block, key_rows, block_finite, load_panel, store_panel
-from schedule cimport mha_schedule, schedule_start, keep_going, next_item, finished, carve
+from schedule cimport mha_schedule, schedule_start, keep_going, next_item, block_of_item, finished, carve
 
 
 cdef struct QueryScratch:
     Panel panel
-    char* query                     # [D][lanes], scaled
+    char* query                     # [D][lanes]
     char* grad_output               # [Dv][lanes]
     char* grad_query                # [D][lanes]
     char* shift
@@ -58,9 +58,9 @@ cdef void load_query_panel(const AttentionParams* p, QueryScratch* scratch, bint
     cdef real* delta = <real*>scratch.delta
     cdef Py_ssize_t q
     cdef int64_t row
-    load_panel(&p.query, panel, p.head_dim, p.operand_scale, <real*>scratch.query)
+    load_panel(&p.query, panel, p.head_dim, <real*>scratch.query)
     if gradients:
-        load_panel(&p.grad_output, panel, p.v_head_dim, 1, <real*>scratch.grad_output)
+        load_panel(&p.grad_output, panel, p.v_head_dim, <real*>scratch.grad_output)
     for q in range(panel.width):
         row = (panel.sample * p.heads + panel.head[q]) * p.queries + panel.query[q]
         shift[q] = (<const real*>p.shift)[row]
@@ -83,7 +83,7 @@ cdef bint score_gradients(const AttentionParams* p, QueryScratch* scratch, int64
     tile_product(count, panel.vectors, p.head_dim, <const real*>key.data, key.row, key.column,
                  <const real*>scratch.query, width, probability, width, 0)
     cdef bint partial = mask_scores(p, panel, j, count, probability, spare, slope)
-    softmax_replay(count, panel.vectors, probability, <const real*>scratch.shift,
+    softmax_replay(count, panel.vectors, probability, p.softmax_scale, <const real*>scratch.shift,
                    <const real*>scratch.row_scale if p.row_scale != NULL else NULL)
     tile_product(count, panel.vectors, p.v_head_dim, <const real*>value.data, value.row, value.column,
                  <const real*>scratch.grad_output, width, gradient, width, 0)
@@ -126,20 +126,19 @@ cdef void backward_query_panel(const AttentionParams* p, Py_ssize_t n, Py_ssize_
             tile_product(p.head_dim, panel.vectors, count, <const real*>key.data, key.column, key.row, gradient,
                          panel.width, grad_query, panel.width, 1)
         j += count
-    store_panel(&p.grad_query, panel, p.head_dim, grad_query, p.operand_scale * p.score_scale)
+    store_panel(&p.grad_query, panel, p.head_dim, grad_query, p.score_scale * p.softmax_scale)
 
 
 cdef void backward_query_worker(const AttentionParams* p, mha_schedule* schedule, int thread,
                                 const real* kind) noexcept nogil:
     cdef QueryScratch scratch
-    cdef int64_t item, block, width = p.vectors * lanes(kind), total = p.heads // p.kv_heads * p.queries
+    cdef int64_t item, head, block, width = p.vectors * lanes(kind), total = p.heads // p.kv_heads * p.queries
     cdef int64_t blocks = (total + width - 1) // width
     carve_query(p, p.scratch + thread * p.scratch_bytes, &scratch, kind)
     item = next_item(schedule, thread, -1)
     while item >= 0:
-        block = blocks - 1 - item // (p.batch * p.kv_heads)
-        item = item % (p.batch * p.kv_heads)
-        backward_query_panel(p, item // p.kv_heads, item % p.kv_heads, block * width, min(width, total - block * width),
+        block = blocks - 1 - block_of_item(item, blocks, p.batch * p.kv_heads, p.threads, &head)
+        backward_query_panel(p, head // p.kv_heads, head % p.kv_heads, block * width, min(width, total - block * width),
                              &scratch, schedule, thread, kind)
         item = next_item(schedule, thread, item)
 

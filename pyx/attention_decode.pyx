@@ -26,7 +26,7 @@ cdef enum:
 
 cdef struct DecodeScratch:
     KeyPanel panel
-    char* query                     # [rows of the group][D], scaled
+    char* query                     # [rows of the group][D]
     char* scores                    # [rows of the group][lanes]
     char* factor                    # dropout, the same shape
     char* spare
@@ -127,7 +127,7 @@ cdef void decode_panel(const AttentionParams* p, DecodeScratch* scratch, real* o
             query_drop_factors(p, panel, panel.kv_head * group + g, 0, p.queries,
                                <real*>scratch.factor + g * p.queries * width)
     for r in range(rows):
-        factor = <real>softmax_absorb_row(panel.vectors, scores + r * width, maximum + r, sum + r)
+        factor = <real>softmax_absorb_row(panel.vectors, scores + r * width, p.softmax_scale, maximum + r, sum + r)
         if factor != 1:
             for d in range(columns):
                 output[r * columns + d] *= factor
@@ -141,7 +141,7 @@ cdef void decode_panel(const AttentionParams* p, DecodeScratch* scratch, real* o
 cdef void decode_split(const AttentionParams* p, DecodeScratch* scratch, int64_t item, mha_schedule* schedule,
                        int thread, const real* kind) noexcept nogil:
     """One work item: one part of the keys of one key head."""
-    cdef Py_ssize_t rows = p.heads // p.kv_heads * p.queries, columns = padded(p.v_head_dim, kind), group, r, d
+    cdef Py_ssize_t rows = p.heads // p.kv_heads * p.queries, columns = padded(p.v_head_dim, kind), group, r
     cdef int64_t split = item % p.splits, kv_head = item // p.splits % p.kv_heads, n = item // p.splits // p.kv_heads
     cdef int64_t panels = key_panels(p, p.vectors * lanes(kind)), index, i
     cdef real* output = <real*>p.partials + item * partial_size(p, kind)
@@ -156,8 +156,6 @@ cdef void decode_split(const AttentionParams* p, DecodeScratch* scratch, int64_t
         i = r % p.queries
         load_vector(<int>p.query.storage, p.query.data, element(&p.query, n, kv_head * group + r // p.queries, i),
                     p.query.column, p.head_dim, query + r * p.head_dim, 1)
-        for d in range(p.head_dim):
-            query[r * p.head_dim + d] *= <real>p.operand_scale
     for index in range(panels * split // p.splits, panels * (split + 1) // p.splits):
         if not keep_going(schedule, thread):
             return

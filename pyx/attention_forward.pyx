@@ -13,7 +13,7 @@ from tile cimport (real, lanes, tile_product, tile_product_hiding, pair_product,
 from mask cimport Panel, carve_panel, fill_panel, next_block, mask_scores, drop_scores
 from storage cimport Block, key_rows, block_finite, load_panel, store_panel
 from pairs cimport key_pairs, value_pairs, turned_row
-from schedule cimport mha_schedule, schedule_start, keep_going, next_item, finished, carve
+from schedule cimport mha_schedule, schedule_start, keep_going, next_item, block_of_item, finished, carve
 
 cdef enum:
     MAX_PANELS = 4
@@ -21,7 +21,7 @@ cdef enum:
 
 cdef struct ForwardScratch:
     Panel panels[MAX_PANELS]
-    char* query[MAX_PANELS]         # [D][lanes], scaled; or pairs, [pairs of D][lanes]
+    char* query[MAX_PANELS]         # [D][lanes]; or pairs, [pairs of D][lanes]
     char* output[MAX_PANELS]        # [Dv][lanes]
     char* maximum[MAX_PANELS]
     char* sum[MAX_PANELS]
@@ -73,7 +73,8 @@ cdef void absorb_block(const AttentionParams* p, ForwardScratch* scratch, Py_ssi
         tile_product(count, panel.vectors, p.head_dim, <const real*>key.data, key.row, key.column,
                      <const real*>scratch.query[i], width, s, width, 0)
     cdef bint partial = mask_scores(p, panel, j, count, s, <real*>scratch.spare, <real*>NULL)
-    if softmax_absorb(count, panel.vectors, s, <real*>scratch.maximum[i], <real*>scratch.sum[i], rescale):
+    if softmax_absorb(count, panel.vectors, s, p.softmax_scale, <real*>scratch.maximum[i], <real*>scratch.sum[i],
+                      rescale):
         scale_lanes(p.v_head_dim, panel.vectors, output, rescale)
     if p.dropout:
         drop_scores(p, panel, j, count, s)
@@ -125,8 +126,7 @@ cdef void forward_block(const AttentionParams* p, Py_ssize_t n, Py_ssize_t kv_he
     while panels < p.panels and first + panels * width < total:
         fill_panel(p, &scratch.panels[panels], n, kv_head, first + panels * width,
                    min(width, total - first - panels * width), kind)
-        load_panel(&p.query, &scratch.panels[panels], p.head_dim, p.operand_scale,
-                   <real*>scratch.query[panels])
+        load_panel(&p.query, &scratch.panels[panels], p.head_dim, <real*>scratch.query[panels])
         if real is float and p.paired:
             pair_rows(p.head_dim, scratch.panels[panels].width, <float*>scratch.query[panels],
                       <float*>scratch.query[panels])
@@ -162,16 +162,14 @@ cdef void forward_block(const AttentionParams* p, Py_ssize_t n, Py_ssize_t kv_he
 
 cdef void forward_worker(const AttentionParams* p, mha_schedule* schedule, int thread, const real* kind) noexcept nogil:
     cdef ForwardScratch scratch
-    cdef int64_t item, block, blocks, rows = p.vectors * lanes(kind) * p.panels
-    cdef int64_t total = p.heads // p.kv_heads * p.queries
-    blocks = (total + rows - 1) // rows
+    cdef int64_t item, head, block, rows = p.vectors * lanes(kind) * p.panels
+    cdef int64_t blocks = (p.heads // p.kv_heads * p.queries + rows - 1) // rows
     carve_forward(p, p.scratch + thread * p.scratch_bytes, &scratch, kind)
     item = next_item(schedule, thread, -1)
     while item >= 0:
-        # the last rows see most under a causal mask: longest first
-        block = blocks - 1 - item // (p.batch * p.kv_heads)
-        item = item % (p.batch * p.kv_heads)
-        forward_block(p, item // p.kv_heads, item % p.kv_heads, block * rows, &scratch, schedule, thread, kind)
+        # the last rows see most under a causal mask
+        block = blocks - 1 - block_of_item(item, blocks, p.batch * p.kv_heads, p.threads, &head)
+        forward_block(p, head // p.kv_heads, head % p.kv_heads, block * rows, &scratch, schedule, thread, kind)
         item = next_item(schedule, thread, item)
 
 

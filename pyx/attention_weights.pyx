@@ -46,7 +46,7 @@ cdef void weights_tile(const AttentionParams* p, WeightsScratch* scratch, int64_
     tile_product(count, panel.vectors, p.head_dim, <const real*>key.data, key.row, key.column,
                  <const real*>scratch.rows.query, panel.width, probability, panel.width, 0)
     mask_scores(p, panel, j, count, probability, <real*>scratch.rows.spare, <real*>NULL)
-    softmax_replay(count, panel.vectors, probability, <const real*>scratch.rows.shift,
+    softmax_replay(count, panel.vectors, probability, p.softmax_scale, <const real*>scratch.rows.shift,
                    <const real*>scratch.rows.row_scale if p.row_scale != NULL and p.mode != MODE_ROW_SCALE else NULL)
     if p.dropout and p.mode != MODE_ROW_SCALE:
         drop_scores(p, panel, j, count, probability)

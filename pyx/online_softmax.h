@@ -4,12 +4,12 @@
 #define VECTOR MHA_NAME(mha_vector)
 #define LANES MHA_NAME(mha_lanes)
 
-/* Turns the scores s[keys][width] into exp(s - maximum), updates the running maximum and sum of every row and
+/* Turns the scores s[keys][width] into exp(scale * s - maximum), updates the running maximum and sum of every row and
  * says in `rescale` what the row's earlier sums must be multiplied by. Returns whether any factor is not 1.
- * A row that has seen no key keeps maximum -inf and sum 0.
+ * A row that has seen no key keeps maximum -inf and sum 0. `scale` is positive.
  */
-MHA_FUNCTION int MHA_NAME(softmax_absorb)(ptrdiff_t keys, ptrdiff_t vectors, MHA_REAL *s, MHA_REAL *maximum,
-                                          MHA_REAL *sum, MHA_REAL *rescale)
+MHA_FUNCTION int MHA_NAME(softmax_absorb)(ptrdiff_t keys, ptrdiff_t vectors, MHA_REAL *s, MHA_REAL scale,
+                                          MHA_REAL *maximum, MHA_REAL *sum, MHA_REAL *rescale)
 {
     const ptrdiff_t width = vectors * LANES;
     const VECTOR none = MHA_NAME(v_set)((MHA_REAL)-INFINITY);
@@ -17,7 +17,7 @@ MHA_FUNCTION int MHA_NAME(softmax_absorb)(ptrdiff_t keys, ptrdiff_t vectors, MHA
     for (ptrdiff_t v = 0; v < vectors; v++) {
         MHA_REAL *column = s + v * LANES;
         const VECTOR before = MHA_NAME(v_load)(maximum + v * LANES);
-        VECTOR most = before, other = before;
+        VECTOR most = none, other = none;
         ptrdiff_t j = 0;
         for (; j + 1 < keys; j += 2) {
             most = MHA_NAME(v_max)(MHA_NAME(v_load)(column + j * width), most);
@@ -25,20 +25,21 @@ MHA_FUNCTION int MHA_NAME(softmax_absorb)(ptrdiff_t keys, ptrdiff_t vectors, MHA
         }
         if (j < keys)
             most = MHA_NAME(v_max)(MHA_NAME(v_load)(column + j * width), most);
-        most = MHA_NAME(v_max)(other, most);
+        most = MHA_NAME(v_max)(MHA_NAME(v_scaled)(MHA_NAME(v_max)(other, most), scale), before);
         const VECTOR base = MHA_NAME(v_select)(most == none, (VECTOR){0}, most);
         const VECTOR factor = MHA_NAME(v_exp)(before - base);
         VECTOR even = {0}, odd = {0};
         for (j = 0; j + 1 < keys; j += 2) {
-            const VECTOR p = MHA_NAME(v_exp)(MHA_NAME(v_load)(column + j * width) - base);
-            const VECTOR q = MHA_NAME(v_exp)(MHA_NAME(v_load)(column + (j + 1) * width) - base);
+            const VECTOR p = MHA_NAME(v_exp)(MHA_NAME(v_scaled)(MHA_NAME(v_load)(column + j * width), scale) - base);
+            const VECTOR q =
+                MHA_NAME(v_exp)(MHA_NAME(v_scaled)(MHA_NAME(v_load)(column + (j + 1) * width), scale) - base);
             MHA_NAME(v_store)(column + j * width, p);
             MHA_NAME(v_store)(column + (j + 1) * width, q);
             even += p;
             odd += q;
         }
         if (j < keys) {
-            const VECTOR p = MHA_NAME(v_exp)(MHA_NAME(v_load)(column + j * width) - base);
+            const VECTOR p = MHA_NAME(v_exp)(MHA_NAME(v_scaled)(MHA_NAME(v_load)(column + j * width), scale) - base);
             MHA_NAME(v_store)(column + j * width, p);
             even += p;
         }
@@ -59,29 +60,31 @@ MHA_FUNCTION void MHA_NAME(scale_lanes)(ptrdiff_t rows, ptrdiff_t vectors, MHA_R
             MHA_NAME(v_store)(x, MHA_NAME(v_load)(x) * MHA_NAME(v_load)(factor + v * LANES));
 }
 
-/* s -> exp(s - shift) * scale, lanes are queries, `shift` and `scale` one value a lane; scale NULL is 1. What is hidden
- * gives 0 even in a row that another key has made NaN; rows without a key carry shift = +inf and give 0 too. */
-MHA_FUNCTION void MHA_NAME(softmax_replay)(ptrdiff_t keys, ptrdiff_t vectors, MHA_REAL *s, const MHA_REAL *shift,
-                                           const MHA_REAL *scale)
+/* s -> exp(scale * s - shift) * row_scale, lanes are queries, `shift` and `row_scale` one value a lane; row_scale NULL is
+ * 1. What is hidden gives 0 even in a row that another key has made NaN; rows without a key carry shift = +inf and give 0 too. */
+MHA_FUNCTION void MHA_NAME(softmax_replay)(ptrdiff_t keys, ptrdiff_t vectors, MHA_REAL *s, MHA_REAL scale,
+                                           const MHA_REAL *shift, const MHA_REAL *row_scale)
 {
     const VECTOR none = MHA_NAME(v_set)((MHA_REAL)-INFINITY), zero = {0};
     for (ptrdiff_t j = 0; j < keys; j++)
         for (ptrdiff_t v = 0; v < vectors; v++, s += LANES) {
             const VECTOR score = MHA_NAME(v_load)(s);
-            VECTOR p = MHA_NAME(v_exp)(score - MHA_NAME(v_load)(shift + v * LANES));
-            if (scale)
-                p *= MHA_NAME(v_load)(scale + v * LANES);
+            VECTOR p = MHA_NAME(v_exp)(MHA_NAME(v_scaled)(score, scale) - MHA_NAME(v_load)(shift + v * LANES));
+            if (row_scale)
+                p *= MHA_NAME(v_load)(row_scale + v * LANES);
             MHA_NAME(v_store)(s, MHA_NAME(v_select)(score == none, zero, p));
         }
 }
 
-/* The same where lanes are keys: one shift and one scale for the whole row of the tile. */
-MHA_FUNCTION void MHA_NAME(softmax_replay_row)(ptrdiff_t vectors, MHA_REAL *s, MHA_REAL shift, MHA_REAL scale)
+/* The same where lanes are keys: one shift and one row_scale for the whole row of the tile. */
+MHA_FUNCTION void MHA_NAME(softmax_replay_row)(ptrdiff_t vectors, MHA_REAL *s, MHA_REAL scale, MHA_REAL shift,
+                                               MHA_REAL row_scale)
 {
     const VECTOR none = MHA_NAME(v_set)((MHA_REAL)-INFINITY), zero = {0};
     for (ptrdiff_t v = 0; v < vectors; v++, s += LANES) {
         const VECTOR score = MHA_NAME(v_load)(s);
-        MHA_NAME(v_store)(s, MHA_NAME(v_select)(score == none, zero, MHA_NAME(v_exp)(score - shift) * scale));
+        const VECTOR p = MHA_NAME(v_exp)(MHA_NAME(v_scaled)(score, scale) - shift) * row_scale;
+        MHA_NAME(v_store)(s, MHA_NAME(v_select)(score == none, zero, p));
     }
 }
 
@@ -99,19 +102,21 @@ MHA_FUNCTION void MHA_NAME(softmax_gradient)(ptrdiff_t rows, ptrdiff_t vectors, 
         }
 }
 
-/* One row of scores whose lanes are keys: s -> exp(s - maximum), with the running maximum and sum of the row.
+/* One row of scores whose lanes are keys: s -> exp(scale * s - maximum), with the running maximum and sum of the row.
  * Returns what the row's earlier sums must be multiplied by. */
-MHA_FUNCTION MHA_REAL MHA_NAME(softmax_absorb_row)(ptrdiff_t vectors, MHA_REAL *s, MHA_REAL *maximum, MHA_REAL *sum)
+MHA_FUNCTION MHA_REAL MHA_NAME(softmax_absorb_row)(ptrdiff_t vectors, MHA_REAL *s, MHA_REAL scale, MHA_REAL *maximum,
+                                                   MHA_REAL *sum)
 {
-    VECTOR most = MHA_NAME(v_set)(*maximum), total = {0};
+    VECTOR most = MHA_NAME(v_set)((MHA_REAL)-INFINITY), total = {0};
     MHA_REAL top = *maximum, added = 0;
     for (ptrdiff_t v = 0; v < vectors; v++)
         most = MHA_NAME(v_max)(MHA_NAME(v_load)(s + v * LANES), most);
+    most = MHA_NAME(v_scaled)(most, scale);
     for (ptrdiff_t l = 0; l < LANES; l++)
         top = most[l] > top ? most[l] : top;
     const MHA_REAL base = top == (MHA_REAL)-INFINITY ? 0 : top;
     for (ptrdiff_t v = 0; v < vectors; v++) {
-        const VECTOR p = MHA_NAME(v_exp)(MHA_NAME(v_load)(s + v * LANES) - base);
+        const VECTOR p = MHA_NAME(v_exp)(MHA_NAME(v_scaled)(MHA_NAME(v_load)(s + v * LANES), scale) - base);
         MHA_NAME(v_store)(s + v * LANES, p);
         total += p;
     }

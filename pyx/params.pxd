@@ -26,8 +26,8 @@ cdef struct AttentionParams:
     int64_t head_dim
     int64_t v_head_dim
     int64_t extra
-    double operand_scale            # the scale is applied to an operand where that is exact, to the scores otherwise:
-    double score_scale              # so that every kernel sees the same bits
+    double score_scale              # of scores before softcap and biases;
+    double softmax_scale            # of scores by the softmax itself, where nothing comes between: one of both is 1
     double softcap                  # 0: none
     # arrays
     TensorView query

@@ -51,6 +51,22 @@ cdef inline int64_t next_item(mha_schedule* schedule, int thread, int64_t previo
     return item
 
 
+cdef inline int64_t block_of_item(int64_t item, int64_t blocks, int64_t heads, int64_t threads,
+                                  int64_t* head) noexcept nogil:
+    """Which block of which head a work item is.
+
+    Few heads at a time, so that their keys stay in the caches: with 16 heads, 2048 keys of 128 features and two threads
+    the forward is 1.05 times as fast as with all heads at a time, 1.2 times in float64. Of these heads the first blocks
+    come first: a kernel numbers them so that under a causal mask they are the longest.
+    """
+    cdef int64_t together = (2 * threads + blocks - 1) // blocks
+    cdef int64_t group = item // (together * blocks)
+    cdef int64_t here = min(together, heads - group * together)
+    item -= group * together * blocks
+    head[0] = group * together + item % here
+    return item // here
+
+
 cdef inline void wait_for_all(mha_schedule* schedule, int thread) noexcept nogil:
     """A barrier for one phase: every thread waits until every item is done."""
     while schedule_wait(schedule):

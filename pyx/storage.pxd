@@ -50,17 +50,14 @@ cdef inline Block key_rows(const AttentionParams* p, const TensorView* x, Py_ssi
     return block
 
 
-cdef inline void load_panel(const TensorView* x, const Panel* panel, Py_ssize_t columns, double factor,
+cdef inline void load_panel(const TensorView* x, const Panel* panel, Py_ssize_t columns,
                             real* out) noexcept nogil:
-    """out[columns][lanes are queries] = factor * x; spare lanes are zeros, and so are rows that see nothing."""
+    """out[columns][lanes are queries] = x; spare lanes are zeros, and so are rows that see nothing."""
     cdef int64_t starts[MOST_LANES]
-    cdef Py_ssize_t q, d
+    cdef Py_ssize_t q
     for q in range(panel.rows):
         starts[q] = element(x, panel.sample, panel.head[q], panel.query[q]) if panel.high[q] >= 0 else MHA_NOWHERE
     load_transposed(<int>x.storage, x.data, starts, x.column, panel.rows, columns, out, panel.width)
-    if factor != 1:
-        for d in range(columns * panel.width):
-            out[d] = out[d] * <real>factor
 
 
 cdef inline void store_panel(const TensorView* x, const Panel* panel, Py_ssize_t columns, const real* value,

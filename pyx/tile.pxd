@@ -45,13 +45,15 @@ cdef extern from "lanes.h" nogil:
     void fetch_rows(Py_ssize_t rows, Py_ssize_t columns, const void* x, Py_ssize_t row)
     void tile_lane_dots(Py_ssize_t columns, Py_ssize_t vectors, const void* x, const void* y, void* out)
     # online_softmax.h
-    double softmax_absorb_row(Py_ssize_t vectors, void* s, void* maximum, void* sum)
+    double softmax_absorb_row(Py_ssize_t vectors, void* s, double scale, void* maximum, void* sum)
     float exp_one_f32(float x)
     double exp_one_f64(double x)
-    int softmax_absorb(Py_ssize_t keys, Py_ssize_t vectors, void* s, void* maximum, void* sum, void* rescale)
+    int softmax_absorb(Py_ssize_t keys, Py_ssize_t vectors, void* s, double scale, void* maximum, void* sum,
+                       void* rescale)
     void scale_lanes(Py_ssize_t rows, Py_ssize_t vectors, void* x, const void* factor)
-    void softmax_replay(Py_ssize_t keys, Py_ssize_t vectors, void* s, const void* shift, const void* scale)
-    void softmax_replay_row(Py_ssize_t vectors, void* s, double shift, double scale)
+    void softmax_replay(Py_ssize_t keys, Py_ssize_t vectors, void* s, double scale, const void* shift,
+                        const void* row_scale)
+    void softmax_replay_row(Py_ssize_t vectors, void* s, double scale, double shift, double row_scale)
     void softmax_gradient(Py_ssize_t rows, Py_ssize_t vectors, const void* p, void* dp, const void* delta,
                           int delta_is_per_row)
     # mask.h

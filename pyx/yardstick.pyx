@@ -7,7 +7,9 @@ cdef extern from *:
     #include "lanes.h"
     static float mha_fma_rounds(long rounds)
     {
-        mha_vector_f32 sum[12], x = v_set_f32(0.999f), y = v_set_f32(0.001f);
+        /* Known to the compiler, 1 * 0.999 + 0.001 = 1 would be computed once. */
+        const volatile float factor = 0.999f, term = 0.001f;
+        mha_vector_f32 sum[12], x = v_set_f32(factor), y = v_set_f32(term);
     #pragma GCC unroll 12
         for (int i = 0; i < 12; i++)
             sum[i] = v_set_f32((float)i);

@@ -44,7 +44,7 @@ def attention(problem: AttentionProblem, runtime: Runtime) -> Launch:
     launch = Launch(ATTENTION, runtime, problem.computing)
     fill_attention(launch, problem)
     # Operands go to the matrix instructions as they lie in memory.
-    launch.set(operand_scale=1.0, score_scale=problem.scale)
+    launch.set(score_scale=problem.scale, softmax_scale=1.0)
     return launch
 
 

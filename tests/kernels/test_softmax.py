@@ -108,6 +108,20 @@ def test_peaked_rows_pick_their_key(queries: int, dtype: str, level: str) -> Non
 
 
 @both
+@pytest.mark.parametrize("queries", [1, 20])
+@pytest.mark.parametrize("scale", [0.125, 0.1118034, 0.7])
+def test_one_key_gives_its_value_and_a_weight_of_one(scale: float, queries: int, dtype: str, level: str) -> None:
+    """Whatever the scale rounds to: the largest score less itself is 0."""
+    rng = np.random.default_rng(0)
+    query, value = (rng.standard_normal((2, 3, n, 33)).astype(dtype) * 5 for n in (queries, 1))
+    problem = AttentionProblem.build(query, value, value, MaskSpec(), scale)
+    output, _, rows = cpu.attention_forward(problem)
+    assert (output == value).all()
+    if queries > 1:  # the decode kernel adds the terms of a score in another order than the weights do
+        assert (cpu.attention_weights(problem, rows, False) == 1).all()
+
+
+@both
 def test_subnormal_input_is_not_lost(dtype: str, level: str) -> None:
     """Values of the size of the smallest normal number and below pass through to the last bit where one key is seen."""
     tiny = np.finfo(dtype).smallest_subnormal * np.arange(1, 257).astype(dtype)
