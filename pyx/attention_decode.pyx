@@ -9,19 +9,13 @@ from libc.math cimport INFINITY
 from libc.stdint cimport int64_t
 from libc.string cimport memset
 from params cimport AttentionParams, TensorView, checked_params
-from tile cimport (real, lanes, tile_dots, reads_whole_rows, row_product, fetch_rows, tile_product,
-                   tile_product_hiding, softmax_absorb_row, multiply, all_finite, exp_one, load_vector, store_vector,
-                   MHA_TILE_VECTORS)
+from tile cimport (real, lanes, tile_dots, tile_values, tile_product_hiding, softmax_absorb_row, multiply, all_finite,
+                   exp_one, load_vector, store_vector, MHA_TILE_VECTORS)
 from key_panel cimport (KeyPanel, carve_key_panel, key_panels, fill_key_panel, any_visible, mask_query_scores,
                         query_drop_factors)
 from mask cimport key_exists
 from storage cimport native_storage, element
 from schedule cimport mha_schedule, schedule_start, keep_going, next_item, finished, carve
-
-
-cdef enum:
-    ROWS = 4                        # of a tile: eight query heads of a key head are two full ones
-    KEYS = 8                        # of a tile where these are several: they compute for as long as memory takes
 
 
 cdef struct DecodeScratch:
@@ -70,37 +64,14 @@ cdef const real* panel_rows(const AttentionParams* p, const TensorView* x, const
     return spare
 
 
-cdef void add_values(Py_ssize_t rows, Py_ssize_t count, Py_ssize_t columns, const real* weight, Py_ssize_t width,
-                     const real* value, int64_t value_row, bint hiding, const real* next_key, int64_t key_row,
-                     Py_ssize_t key_columns, real* output) noexcept nogil:
-    """output[rows][columns] += weight[rows][count] value[count][columns].
-
-    The next panel's keys are fetched in between, a few rows at a time: a processor has places for some 30 lines that
-    are on their way, and stands still when it is asked for more. With eight query heads a key head the rate is 0.69 if
-    they are fetched a quarter of a panel at a time, 0.55 if not at all.
-    """
-    cdef Py_ssize_t tile = MHA_TILE_VECTORS * lanes(value), across = (columns + tile - 1) // tile
-    cdef Py_ssize_t j = 0, done = 0, keys, fetched, parts, part, r, d, vectors
-    if not hiding and reads_whole_rows(rows, columns, value):
-        row_product(columns // lanes(value), count, weight, value, value_row, output)
-        return
-    parts = (rows + ROWS - 1) // ROWS * across
-    while j < count:
-        keys = min(KEYS if rows > ROWS else count, count - j)
-        for part in range(parts):
-            fetched = j + keys * (part + 1) // parts
-            fetch_rows(fetched - done, key_columns, next_key + done * key_row, key_row)
-            done = fetched
-            r = part // across * ROWS
-            d = part % across * tile
-            vectors = min(tile, columns - d) // lanes(value)
-            if hiding:
-                tile_product_hiding(min(ROWS, rows - r), vectors, keys, weight + r * width + j, width, 1,
-                                    value + j * value_row + d, value_row, output + r * columns + d, columns, 0)
-            else:
-                tile_product(min(ROWS, rows - r), vectors, keys, weight + r * width + j, width, 1,
-                             value + j * value_row + d, value_row, output + r * columns + d, columns, 1)
-        j += keys
+cdef void add_values_hiding(Py_ssize_t rows, Py_ssize_t count, Py_ssize_t columns, const real* weight, Py_ssize_t width,
+                            const real* value, int64_t value_row, real* output) noexcept nogil:
+    """output[rows][columns] += weight[rows][count] value[count][columns] but for terms whose weight is 0."""
+    cdef Py_ssize_t tile = MHA_TILE_VECTORS * lanes(value), d = 0
+    while d < columns:
+        tile_product_hiding(rows, min(tile, columns - d) // lanes(value), count, weight, width, 1, value + d, value_row,
+                            output + d, columns, 0)
+        d += tile
 
 
 cdef void decode_panel(const AttentionParams* p, DecodeScratch* scratch, real* output, real* maximum,
@@ -116,7 +87,7 @@ cdef void decode_panel(const AttentionParams* p, DecodeScratch* scratch, real* o
     cdef real* s
     cdef real factor
     cdef bint partial = False
-    tile_dots(panel.count, p.head_dim, key, key_row, rows, <const real*>scratch.query, scores, width, value, value_row)
+    tile_dots(panel.count, p.head_dim, key, key_row, rows, <const real*>scratch.query, scores, width, value)
     for g in range(group):
         s = scores + g * p.queries * width
         for r in range(p.queries):
@@ -133,9 +104,11 @@ cdef void decode_panel(const AttentionParams* p, DecodeScratch* scratch, real* o
                 output[r * columns + d] *= factor
     if p.dropout:
         multiply(rows * width, scores, scores, <const real*>scratch.factor)
-    partial = partial and not all_finite(value, panel.count, value_row, p.v_head_dim, 1)
-    add_values(rows, panel.count, columns, scores, width, value, value_row, partial, key + panel.count * key_row,
-               key_row, p.head_dim, output)
+    if partial and not all_finite(value, panel.count, value_row, p.v_head_dim, 1):
+        add_values_hiding(rows, panel.count, columns, scores, width, value, value_row, output)
+    else:
+        tile_values(columns // lanes(output), panel.count, value, value_row, rows, scores, width, output,
+                    key + panel.count * key_row)
 
 
 cdef void decode_split(const AttentionParams* p, DecodeScratch* scratch, int64_t item, mha_schedule* schedule,

@@ -99,6 +99,7 @@ MHA_INLINE void mha_lanes_to_float16(uint16_t *p, mha_vector_f32 value)
 #include "storage.h"
 #include "tile.h"
 #include "dots.h"
+#include "stream.h"
 #include "mask.h"
 #include "online_softmax.h"
 #include "norm.h"
@@ -115,6 +116,7 @@ MHA_INLINE void mha_lanes_to_float16(uint16_t *p, mha_vector_f32 value)
 #include "storage.h"
 #include "tile.h"
 #include "dots.h"
+#include "stream.h"
 #include "mask.h"
 #include "online_softmax.h"
 #include "norm.h"
@@ -148,9 +150,7 @@ MHA_INLINE void mha_lanes_to_float16(uint16_t *p, mha_vector_f32 value)
 #define drop_lanes(width, x, ...) MHA_PICK(drop_lanes, x)(width, x, __VA_ARGS__)
 #define softmax_absorb_row(vectors, s, ...) MHA_PICK(softmax_absorb_row, s)(vectors, s, __VA_ARGS__)
 #define tile_dots(count, columns, key, ...) MHA_PICK(tile_dots, key)(count, columns, key, __VA_ARGS__)
-#define reads_whole_rows(rows, columns, kind) MHA_PICK(reads_whole_rows, kind)(rows, columns)
-#define row_product(vectors, count, weight, ...) MHA_PICK(row_product, weight)(vectors, count, weight, __VA_ARGS__)
-#define fetch_rows(rows, columns, x, row) MHA_PICK(fetch_rows, x)(rows, columns, x, row)
+#define tile_values(vectors, count, value, ...) MHA_PICK(tile_values, value)(vectors, count, value, __VA_ARGS__)
 #define tile_lane_dots(columns, vectors, x, y, out) MHA_PICK(tile_lane_dots, x)(columns, vectors, x, y, out)
 #define drop_factors(count, factor, ...) MHA_PICK(drop_factors, factor)(count, factor, __VA_ARGS__)
 #define multiply(count, out, x, y) MHA_PICK(multiply, out)(count, out, x, y)

@@ -37,13 +37,12 @@ cdef extern from "lanes.h" nogil:
     void tile_product_hiding(Py_ssize_t rows, Py_ssize_t vectors, Py_ssize_t k, const void* a, Py_ssize_t a_row,
                              Py_ssize_t a_k, const void* b, Py_ssize_t ldb, void* c, Py_ssize_t ldc,
                              int b_is_probability)
-    void tile_dots(Py_ssize_t count, Py_ssize_t columns, const void* key, Py_ssize_t key_row, Py_ssize_t rows,
-                   const void* x, void* out, Py_ssize_t ldo, const void* ahead, Py_ssize_t ahead_row)
-    int reads_whole_rows(Py_ssize_t rows, Py_ssize_t columns, const void* kind)
-    void row_product(Py_ssize_t vectors, Py_ssize_t count, const void* weight, const void* value,
-                     Py_ssize_t value_row, void* out)
-    void fetch_rows(Py_ssize_t rows, Py_ssize_t columns, const void* x, Py_ssize_t row)
     void tile_lane_dots(Py_ssize_t columns, Py_ssize_t vectors, const void* x, const void* y, void* out)
+    # stream.h
+    void tile_dots(Py_ssize_t count, Py_ssize_t columns, const void* key, Py_ssize_t key_row, Py_ssize_t rows,
+                   const void* x, void* out, Py_ssize_t ldo, const void* next)
+    void tile_values(Py_ssize_t vectors, Py_ssize_t count, const void* value, Py_ssize_t value_row, Py_ssize_t rows,
+                     const void* weight, Py_ssize_t weight_row, void* out, const void* next)
     # online_softmax.h
     double softmax_absorb_row(Py_ssize_t vectors, void* s, double scale, void* maximum, void* sum)
     float exp_one_f32(float x)
