@@ -15,15 +15,15 @@ from mha.problem import Sizes
 _SMALL_WORK = 3_000_000
 #: Rows per key head up to which a call is bound by memory, and lanes along the features pay.
 _DECODE_ROWS = 8
-#: Bytes of a panel of queries, which the scores of every few keys read anew from the first cache. With a head of 128 in
-#: float32, 1024 queries and keys: two panels of four vectors and blocks of 64 keys 1, three vectors and blocks of 128
-#: keys 1.16, three panels 1.17; in float64 1.20.
+#: Bytes of a wide panel of queries, which the scores of every few keys read anew from the first cache. With a head of
+#: 128, 2048 queries and keys, float64 is 1.05 times as fast with panels of three vectors as with four; float32, whose
+#: tiles ask for their next rows, 0.96 to 1.01 times.
 _QUERY_PANEL = 24 * 2**10
 #: Converting a block of float16 pays for as many queries as there can be: 1 x 16 x 2048 x 128 1.06 times as fast with
 #: four panels of four vectors as with three of three, 1 x 12 x 512 x 64 1.02 times as with two of four.
 _CONVERTED_PANELS = 4
-#: From so many keys on a block of wide heads has 128. Under a causal mask half of a block is computed in vain, so with
-#: fewer keys smaller blocks win.
+#: From so many keys on a wide panel takes blocks of 128: 8192 keys 1.03 times as fast. Under a causal mask half of a
+#: block is computed in vain, so with fewer keys smaller blocks win.
 _LONG = 1024
 #: Vectors of the scores of a decode, 256 keys in float32: what is read from end to end between two softmaxes. With one
 #: query a key head and 2 048 / 16 384 keys 8 vectors are 1.07 / 1.05 times as fast as 4, and 16 are 1.09 / 1.08 times.
@@ -81,7 +81,7 @@ def plan_forward(sizes: Sizes, facts: Facts) -> AttentionPlan:
         )  # fmt: skip
     itemsize = 2 if facts.paired else facts.itemsize
     wide = facts.vectors * facts.lanes * itemsize * sizes.head_dim > _QUERY_PANEL
-    most = min(3 if wide and not facts.converted else 4, facts.vectors)
+    most = min(3 if wide and itemsize == 8 else 4, facts.vectors)
     vectors = min(most, _ceil(sizes.rows, facts.lanes))
     heads = sizes.batch * sizes.kv_heads
     panels = _CONVERTED_PANELS if facts.converted else 3 if most == 3 else 2

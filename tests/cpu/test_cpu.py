@@ -62,19 +62,39 @@ def scratch_of(calls: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return needs
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_scratch_of_wide_heads_follows_the_documented_formula(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    q = np.zeros((1, 2, 1100, 256), dtype)
+def documented(itemsize: int, width: int, vector_bytes: int, converted: bool = False) -> tuple[int, int, int, int]:
+    """README, "Memory": W, P, the keys of a block, and the forward's bytes a thread."""
+    lanes, panels, keys = {64: 64, 32: 24, 16: 16}[vector_bytes] * 4 // itemsize, 3 if vector_bytes == 32 else 2, 64
+    if width > 96 and vector_bytes == 64:
+        keys = 128
+        if itemsize == 8:
+            lanes, panels = 24, 3
+    if converted:
+        panels = 4
+    return lanes, panels, keys, itemsize * (panels * lanes * 2 * width + keys * (2 * lanes + 2 * width))
+
+
+@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("level", load.runnable_levels())
+def test_scratch_of_the_forward_follows_the_documented_formula(
+    level: str, dtype: Any, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MHA_CPU_ISA", level)
+    q = np.zeros((1, 8, 1100, width), dtype)
     needs = scratch_of(lambda: mha.scaled_dot_product_attention(q, q, q), monkeypatch)["attention_forward"]
-    lanes = load.kernels(load.chosen_level()).VECTOR_BYTES // q.itemsize
-    stated = q.itemsize * (3 * 3 * lanes * 512 + 128 * (6 * lanes + 512))
-    if 4 * lanes * 256 * q.itemsize > 24 * 1024:
-        assert 0.8 * stated <= needs <= 1.15 * stated
+    itemsize, half = max(q.itemsize, 4), dtype == np.float16
+    stated = documented(itemsize, width, load.kernels(level).VECTOR_BYTES, half)[3]
+    assert 0.95 * stated <= needs <= 1.15 * stated
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_scratch_follows_the_documented_formula(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """README, "Memory"; the panels' index arrays are the small rest."""
+@pytest.mark.parametrize("level", load.runnable_levels())
+def test_scratch_of_the_backward_follows_the_documented_formula(
+    level: str, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The panels' index arrays are the small rest."""
+    monkeypatch.setenv("MHA_CPU_ISA", level)
     heads, length, width = (8, 1024, 64) if fused else (1, 4096, 64)
     q = np.zeros((1, heads, length, width), np.float32)
 
@@ -83,12 +103,10 @@ def test_scratch_follows_the_documented_formula(fused: bool, monkeypatch: pytest
         mha.scaled_dot_product_attention_backward(q, q, q, q, output, lse)
 
     needs = scratch_of(calls, monkeypatch)
-    lanes = 4 * load.kernels(load.chosen_level()).VECTOR_BYTES // 4
-    tile = 64 * (2 * lanes + 2 * width)
-    forward, backward = 4 * (4 * lanes * width + tile), 4 * (5 * lanes * width + tile)
-    backward += 4 * length * width if "attention_backward_query" not in needs else 0
-    assert forward <= needs["attention_forward"] <= 1.15 * forward
-    assert 0.95 * backward <= needs["attention_backward"] <= 1.2 * backward + 16 * length
+    assert ("attention_backward_query" not in needs) == fused
+    lanes = documented(4, width, load.kernels(level).VECTOR_BYTES)[0]
+    stated = 4 * (lanes * 5 * width + 64 * (2 * lanes + 2 * width)) + (4 * length * width if fused else 0)
+    assert 0.95 * stated <= needs["attention_backward"] <= 1.2 * stated + 16 * length
 
 
 @pytest.mark.parametrize("m", [1, 8, 24, 25, 4096])
