@@ -2,22 +2,14 @@
  * once. Lanes are features. Template, included by lanes.h.
  *
  * What will be read some way on is asked for, a line or two at a time: a processor has places for some 30 lines that are
- * on their way, and stands still when it is asked for more. With four and eight query heads a key head of 128 features
- * one thread takes 39 and 43 ns a key; if it asks for keys while it reads values and the other way round 58 and 49, if it
- * does not ask 63 and 90. 6 to 16 KiB ahead are alike.
+ * on their way, and stands still when it is asked for more. With one, four and eight query heads a key head of 128
+ * features a thread takes 36, 39 and 43 ns a key; if it does not ask 37, 63 and 90; if several heads ask for keys while
+ * they read values and the other way round 58 and 49. 6 to 16 KiB ahead are alike.
  */
 #define LANES MHA_NAME(mha_lanes)
 #define VECTOR MHA_NAME(mha_vector)
 #define LINE (64 / (ptrdiff_t)sizeof(MHA_REAL))
 #define AHEAD_BYTES 8192
-
-/* Whether memory is read row by row, from end to end, and the processor's own guesses bring it: for one row of a group, of
- * few enough vectors. They are sooner than what is asked for, 25 GB/s of a core's 35 to 21; but with rows of 32 narrow
- * vectors, which are read in parts, it is 0.5 to 0.7 of the rate. */
-MHA_INLINE int MHA_NAME(reads_whole_rows)(ptrdiff_t rows, ptrdiff_t columns)
-{
-    return rows == 1 && columns <= 16 * LANES;
-}
 
 /* The row that will be read AHEAD_BYTES after row `i` of x: past the end of x's `count` rows it is one of `next`, which are
  * taken to lie as far apart. */
@@ -40,7 +32,7 @@ MHA_INLINE void MHA_NAME(dots_body)(const int keys, const int rows, ptrdiff_t co
     for (int l = 0; l < LANES; l++)
         sum[l] = (VECTOR){0};
     /* Bound by memory: the fewer instructions a line takes, the further ahead loads are on their way. */
-    for (; rows == 1 && !ahead_rows && d + 8 * LANES <= columns; d += 8 * LANES) {
+    for (; rows == 1 && d + 8 * LANES <= columns; d += 8 * LANES) {
         VECTOR right[8];
 #pragma GCC unroll 8
         for (int i = 0; i < 8; i++)
@@ -48,8 +40,11 @@ MHA_INLINE void MHA_NAME(dots_body)(const int keys, const int rows, ptrdiff_t co
 #pragma GCC unroll 16
         for (int j = 0; j < keys; j++)
 #pragma GCC unroll 8
-            for (int i = 0; i < 8; i++)
+            for (int i = 0; i < 8; i++) {
+                if (i * LANES % LINE == 0)
+                    __builtin_prefetch(ahead + j * ahead_row + d + i * LANES);
                 sum[j] += MHA_NAME(v_load)(key[j] + d + i * LANES) * right[i];
+            }
     }
     for (; d + LANES <= columns; d += LANES) {
         VECTOR right[LANES];
@@ -94,8 +89,7 @@ MHA_FUNCTION void MHA_NAME(tile_dots)(ptrdiff_t count, ptrdiff_t columns, const 
             const ptrdiff_t first = r * key_step / rows, asked = (r + row_step) * key_step / rows - first;
             const MHA_REAL *there = MHA_NAME(row_ahead)(j + first, count, columns, key, key_row, next);
             if (row_step == 1)
-                MHA_NAME(dots_body)(LANES, 1, columns, keys, queries, made,
-                                    MHA_NAME(reads_whole_rows)(rows, columns) ? 0 : LANES, there, key_row);
+                MHA_NAME(dots_body)(LANES, 1, columns, keys, queries, made, LANES, there, key_row);
             else
                 MHA_NAME(dots_body)(KEYS, MHA_NAME(dots_rows), columns, keys, queries, made, asked, there, key_row);
             if (row_step > 1 && r + row_step <= rows && j + key_step <= count) {
@@ -147,14 +141,16 @@ MHA_FUNCTION void MHA_NAME(tile_values)(ptrdiff_t vectors, ptrdiff_t count, cons
                                         ptrdiff_t rows, const MHA_REAL *weight, ptrdiff_t weight_row, MHA_REAL *out,
                                         const MHA_REAL *next)
 {
-    enum { ROWS = 4, KEYS = 16 };
-    const int whole = MHA_NAME(reads_whole_rows)(rows, vectors * LANES);
-    const ptrdiff_t groups = (rows + ROWS - 1) / ROWS, step = whole ? count : KEYS;
+    enum { ROWS = 4, KEYS = 16, ROW_KEYS = 4 };
+    /* One row has registers for eight vectors; what is wider is read in parts, a few keys at a time so that memory is still
+     * read nearly in its order. */
+    const int widest = rows == 1 ? 8 : MHA_TILE_VECTORS;
+    const ptrdiff_t groups = (rows + ROWS - 1) / ROWS, step = rows > 1 ? KEYS : vectors > widest ? ROW_KEYS : count;
     for (ptrdiff_t j = 0; j < count; j += step)
         for (ptrdiff_t d = 0, across; d < vectors; d += across) {
             const ptrdiff_t keys = count - j < step ? count - j : step;
-            across = whole && vectors - d >= 8 ? 8 : vectors - d < MHA_TILE_VECTORS ? vectors - d : MHA_TILE_VECTORS;
-            const ptrdiff_t lines = whole ? 0 : (across * LANES + groups * LINE - 1) / (groups * LINE);
+            across = vectors - d >= widest ? widest : vectors - d < MHA_TILE_VECTORS ? vectors - d : MHA_TILE_VECTORS;
+            const ptrdiff_t lines = (across * LANES + groups * LINE - 1) / (groups * LINE);
             const MHA_REAL *ahead = MHA_NAME(row_ahead)(j, count, vectors * LANES, value, value_row, next) + d * LANES;
             for (ptrdiff_t g = 0; g < groups; g++) {
                 const ptrdiff_t first = g * ROWS, left = rows - first < ROWS ? rows - first : ROWS;
