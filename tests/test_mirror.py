@@ -25,7 +25,8 @@ CPU_ONLY = {
     "pairs": "products of bfloat16 pairs; on the GPU tile_tensor's",
     "amx": "the same by the processor's matrix tiles",
     "amx_instructions": "one wrapper for each instruction of these; on the GPU in prim",
-    "dots": "sums along rows; on the GPU a matter of each kernel's threads",
+    "dots": "sums lane by lane and without hidden terms; on the GPU a matter of each kernel's threads",
+    "stream": "products that ask for memory ahead; on the GPU other threads compute meanwhile",
     "half": "conversions that are instructions on the GPU, in prim",
 }
 GPU_ONLY = {
