@@ -4,6 +4,12 @@
 #define VECTOR MHA_NAME(mha_vector)
 #define LANES MHA_NAME(mha_lanes)
 
+/* What a score counts before the row's sum divides it. */
+MHA_INLINE VECTOR MHA_NAME(v_probability)(VECTOR score, MHA_REAL scale, VECTOR shift)
+{
+    return MHA_NAME(v_exp)(MHA_NAME(v_scaled)(score, scale) - shift);
+}
+
 /* Turns the scores s[keys][width] into exp(scale * s - maximum), updates the running maximum and sum of every row and
  * says in `rescale` what the row's earlier sums must be multiplied by. Returns whether any factor is not 1.
  * A row that has seen no key keeps maximum -inf and sum 0. `scale` is positive.
@@ -30,16 +36,15 @@ MHA_FUNCTION int MHA_NAME(softmax_absorb)(ptrdiff_t keys, ptrdiff_t vectors, MHA
         const VECTOR factor = MHA_NAME(v_exp)(before - base);
         VECTOR even = {0}, odd = {0};
         for (j = 0; j + 1 < keys; j += 2) {
-            const VECTOR p = MHA_NAME(v_exp)(MHA_NAME(v_scaled)(MHA_NAME(v_load)(column + j * width), scale) - base);
-            const VECTOR q =
-                MHA_NAME(v_exp)(MHA_NAME(v_scaled)(MHA_NAME(v_load)(column + (j + 1) * width), scale) - base);
+            const VECTOR p = MHA_NAME(v_probability)(MHA_NAME(v_load)(column + j * width), scale, base);
+            const VECTOR q = MHA_NAME(v_probability)(MHA_NAME(v_load)(column + (j + 1) * width), scale, base);
             MHA_NAME(v_store)(column + j * width, p);
             MHA_NAME(v_store)(column + (j + 1) * width, q);
             even += p;
             odd += q;
         }
         if (j < keys) {
-            const VECTOR p = MHA_NAME(v_exp)(MHA_NAME(v_scaled)(MHA_NAME(v_load)(column + j * width), scale) - base);
+            const VECTOR p = MHA_NAME(v_probability)(MHA_NAME(v_load)(column + j * width), scale, base);
             MHA_NAME(v_store)(column + j * width, p);
             even += p;
         }
@@ -61,7 +66,8 @@ MHA_FUNCTION void MHA_NAME(scale_lanes)(ptrdiff_t rows, ptrdiff_t vectors, MHA_R
 }
 
 /* s -> exp(scale * s - shift) * row_scale, lanes are queries, `shift` and `row_scale` one value a lane; row_scale NULL is
- * 1. What is hidden gives 0 even in a row that another key has made NaN; rows without a key carry shift = +inf and give 0 too. */
+ * 1. What is hidden gives 0 even in a row that another key has made NaN; rows without a key carry shift = +inf and give
+ * 0 too. */
 MHA_FUNCTION void MHA_NAME(softmax_replay)(ptrdiff_t keys, ptrdiff_t vectors, MHA_REAL *s, MHA_REAL scale,
                                            const MHA_REAL *shift, const MHA_REAL *row_scale)
 {
@@ -69,7 +75,7 @@ MHA_FUNCTION void MHA_NAME(softmax_replay)(ptrdiff_t keys, ptrdiff_t vectors, MH
     for (ptrdiff_t j = 0; j < keys; j++)
         for (ptrdiff_t v = 0; v < vectors; v++, s += LANES) {
             const VECTOR score = MHA_NAME(v_load)(s);
-            VECTOR p = MHA_NAME(v_exp)(MHA_NAME(v_scaled)(score, scale) - MHA_NAME(v_load)(shift + v * LANES));
+            VECTOR p = MHA_NAME(v_probability)(score, scale, MHA_NAME(v_load)(shift + v * LANES));
             if (row_scale)
                 p *= MHA_NAME(v_load)(row_scale + v * LANES);
             MHA_NAME(v_store)(s, MHA_NAME(v_select)(score == none, zero, p));
@@ -83,7 +89,7 @@ MHA_FUNCTION void MHA_NAME(softmax_replay_row)(ptrdiff_t vectors, MHA_REAL *s, M
     const VECTOR none = MHA_NAME(v_set)((MHA_REAL)-INFINITY), zero = {0};
     for (ptrdiff_t v = 0; v < vectors; v++, s += LANES) {
         const VECTOR score = MHA_NAME(v_load)(s);
-        const VECTOR p = MHA_NAME(v_exp)(MHA_NAME(v_scaled)(score, scale) - shift) * row_scale;
+        const VECTOR p = MHA_NAME(v_probability)(score, scale, MHA_NAME(v_set)(shift)) * row_scale;
         MHA_NAME(v_store)(s, MHA_NAME(v_select)(score == none, zero, p));
     }
 }
@@ -116,7 +122,7 @@ MHA_FUNCTION MHA_REAL MHA_NAME(softmax_absorb_row)(ptrdiff_t vectors, MHA_REAL *
         top = most[l] > top ? most[l] : top;
     const MHA_REAL base = top == (MHA_REAL)-INFINITY ? 0 : top;
     for (ptrdiff_t v = 0; v < vectors; v++) {
-        const VECTOR p = MHA_NAME(v_exp)(MHA_NAME(v_scaled)(MHA_NAME(v_load)(s + v * LANES), scale) - base);
+        const VECTOR p = MHA_NAME(v_probability)(MHA_NAME(v_load)(s + v * LANES), scale, MHA_NAME(v_set)(base));
         MHA_NAME(v_store)(s + v * LANES, p);
         total += p;
     }

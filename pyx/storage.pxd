@@ -50,8 +50,7 @@ cdef inline Block key_rows(const AttentionParams* p, const TensorView* x, Py_ssi
     return block
 
 
-cdef inline void load_panel(const TensorView* x, const Panel* panel, Py_ssize_t columns,
-                            real* out) noexcept nogil:
+cdef inline void load_panel(const TensorView* x, const Panel* panel, Py_ssize_t columns, real* out) noexcept nogil:
     """out[columns][lanes are queries] = x; spare lanes are zeros, and so are rows that see nothing."""
     cdef int64_t starts[MOST_LANES]
     cdef Py_ssize_t q
